@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import nn
 from convlens import evaluation, model_export, onnx_model, serialization
 from convlens.data.arrays import ValueRange
 from convlens.data.input_images import ImageLike
-from convlens.errors import UsageError
+from convlens.errors import UsageError, check_path, wrong_type
 from convlens.evaluation import Evaluation
 from convlens.model_export import Export
 from convlens.prediction import ImageTransform, Prediction, Predictor
@@ -26,6 +26,7 @@ from convlens.recipe import DataConfig, Recipe, load_recipe, recipe_names
 from convlens.run import LoadedModel, RunDir, RunHandle, RunLike, find_run, run_reference
 from convlens.training import repeats, resolve, train as training_train
 from convlens.training.repeats import RunResults, VariantSummary
+from convlens.uncertainty.promises import ShareLike
 from convlens.utils import notebook
 from convlens.utils.console import print_status, quiet_mode
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from convlens.interpret.measure import Measurements
     from convlens.reports.build import Report
 
+# Options of `measure` beside those it names.
+MEASURE_OPTIONS = ("split", "data", "layers", "images", "learn_from", "untrained", "seed")
 # Modification time, size and inode of a model file: they change when it is written again.
 FileState = tuple[int, int, int]
 
@@ -53,6 +56,8 @@ class Run(RunHandle):
     """
 
     def __init__(self, run_dir: RunDir) -> None:
+        if not isinstance(run_dir, RunDir):
+            raise wrong_type("Run", run_dir, "open a run by its name with Run.load(NAME)")
         self.run_dir = run_dir
         # Kept for the next call, until the model file changes.
         self._lock = threading.Lock()
@@ -176,9 +181,9 @@ class Run(RunHandle):
         *,
         data: str | Path | DataConfig | None = None,
         tta: str | None = None,
-        min_accuracy: float | None = None,
-        confidence: float = 0.95,
-        prediction_set: float | None = None,
+        min_accuracy: ShareLike | None = None,
+        confidence: ShareLike = 0.95,
+        prediction_set: ShareLike | None = None,
         device: str | None = None,
         quiet: bool = True,
     ) -> Evaluation:
@@ -201,11 +206,12 @@ class Run(RunHandle):
         *,
         top_k: int = 1,
         tta: str | None = None,
-        min_accuracy: float | None = None,
-        confidence: float = 0.95,
-        prediction_set: float | None = None,
+        min_accuracy: ShareLike | None = None,
+        confidence: ShareLike = 0.95,
+        prediction_set: ShareLike | None = None,
         channels: str | None = None,
         range: ValueRange | None = None,
+        max_pixels: int | None = None,
         device: str | None = None,
         quiet: bool = True,
     ) -> list[Prediction]:
@@ -222,6 +228,7 @@ class Run(RunHandle):
             prediction_set=prediction_set,
             channels=channels,
             range=range,
+            max_pixels=max_pixels,
             quiet=quiet,
         )
 
@@ -230,7 +237,7 @@ class Run(RunHandle):
         to: str | Sequence[str] = "onnx",
         *,
         output: str | Path | None = None,
-        data: str | Path | None = None,
+        data: str | Path | DataConfig | None = None,
         quiet: bool = True,
     ) -> list[Export]:
         """Write the model as files for other programs; see `convlens.export`."""
@@ -422,12 +429,9 @@ def look(
     from convlens.interpret import inputs, look as interpret_look
 
     lists = ("layers", "filters", "top_images", "dream", "attribution", "measure", "embedding")
-    options |= {k: _as_list(options[k]) for k in lists if k in options}
-    try:
-        look_options = interpret_look.LookOptions(**options)
-    except TypeError as error:
-        known = ", ".join(interpret_look.LookOptions.__dataclass_fields__)
-        raise UsageError(f"look: {error}", fix=f"its options are {known}") from error
+    options |= {k: _as_names(k, options[k]) for k in lists if k in options}
+    _check_options("look", options, interpret_look.LookOptions.__dataclass_fields__)
+    look_options = interpret_look.LookOptions(**options)
     names = [_image_name(image) for image in _as_list(images)]
     look_options.check(names)
     with quiet_mode(quiet):
@@ -436,6 +440,7 @@ def look(
             device=device,
             examples=look_options.needs_images,
             data=look_options.data,
+            max_pixels=look_options.max_pixels,
         )
         return interpret_look.look(opened, look_options)
 
@@ -466,10 +471,14 @@ def measure(
     from convlens.interpret import measure as interpret_measure
     from convlens.interpret.inputs import figures_folder, open_inspected_model
 
-    names = _as_list(measures)
+    names = _as_names("measures", measures)
+    if "layers" in options:
+        options["layers"] = _as_names("layers", options["layers"])
     interpret_measure.select_measures(names)
+    _check_options("measure", options, MEASURE_OPTIONS)
+    target = None if folder is None else check_path("folder", folder)
     models = [open_inspected_model(text, device=device) for text in _references(runs)]
-    target = figures_folder(models) if folder is None else Path(folder)
+    target = target or figures_folder(models)
     result = interpret_measure.measure(models, names, folder=target, quiet=quiet, **options)
     with quiet_mode(quiet):
         for model in models:
@@ -477,14 +486,32 @@ def measure(
     return result
 
 
+def _check_options(function: str, options: Mapping[str, Any], known: Collection[str]) -> None:
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise UsageError(
+            f"{function}: unknown option {unknown[0]!r}",
+            fix=f"its options are {', '.join(known)}",
+        )
+
+
 def _as_list(value: Any) -> list[Any]:
-    if isinstance(value, str | Path | RunDir | RunHandle):
+    if isinstance(value, str | os.PathLike | RunDir | RunHandle):
         return [value]
-    if isinstance(value, Iterable):
+    if isinstance(value, Iterable) and not isinstance(value, Mapping | bytes):
         return list(value)
     raise UsageError(
         f"an object of type {type(value).__name__!r} is not a name", fix="give names or paths"
     )
+
+
+def _as_names(option: str, value: Any) -> list[str]:
+    """Return one name, or several, as a list."""
+    names = _as_list(value)
+    for name in names:
+        if not isinstance(name, str):
+            raise wrong_type(option, name, "give names")
+    return names
 
 
 def _image_name(image: Any) -> str:

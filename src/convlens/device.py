@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convlens.errors import ResourceError, UsageError
+from convlens.errors import ResourceError, UsageError, wrong_type
 from convlens.utils import process
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -104,7 +104,7 @@ class Plan:
         return f"{self.precision} {self.memory_format}{size}{mode}"
 
 
-def select_device(device: str | None = None) -> str:
+def select_device(device: str | torch.device | None = None) -> str:
     """Return the device to use: the requested one, or else CUDA, MPS or the CPU.
 
     With several processes on a machine, each uses the GPU of its local rank.
@@ -116,6 +116,10 @@ def select_device(device: str | None = None) -> str:
         UsageError: the requested device is unavailable. There is no silent fall-back to the CPU.
         ResourceError: there is a GPU, but it cannot be used now.
     """
+    if isinstance(device, torch.device):
+        device = str(device)
+    if device is not None and not isinstance(device, str):
+        raise wrong_type("device", device, "give cpu, cuda, cuda:1 or mps")
     shares_machine = process.world_size() > 1 and torch.cuda.is_available()
     # `cuda` is the GPU of the local rank, too: trying it first would use memory of GPU 0.
     if device is None or device == "auto" or (device == "cuda" and shares_machine):
@@ -331,6 +335,7 @@ class _TorchSettings:
         deterministic = torch.are_deterministic_algorithms_enabled()
         warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
         current = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+        dtype = torch.get_default_dtype()
 
         def restore_threads() -> None:
             if torch.get_num_threads() != threads:
@@ -346,7 +351,11 @@ class _TorchSettings:
             if process.world_size() == 1 and torch.cuda.is_initialized():
                 torch.cuda.set_device(current)
 
-        return [restore_threads, restore_algorithms, restore_device]
+        def restore_dtype() -> None:
+            if torch.get_default_dtype() != dtype:
+                torch.set_default_dtype(dtype)
+
+        return [restore_threads, restore_algorithms, restore_device, restore_dtype]
 
 
 _settings = _TorchSettings()
@@ -356,10 +365,11 @@ _settings = _TorchSettings()
 def preserve_torch_settings(device: str | None = None) -> Iterator[None]:
     """Use `num_threads` threads within the block, and restore the caller's settings after it.
 
-    Gradients are computed within the block even if the caller has turned them off.
-    Restores the number of threads, cuDNN's benchmark mode, deterministic algorithms and the
-    current CUDA device. All of them belong to the process: other threads that compute meanwhile
-    see the changes.
+    Within the block, gradients are computed even if the caller has turned them off, and new tensors
+    are float32 by default, which networks and optimizers rely on.
+    Restores the number of threads, cuDNN's benchmark mode, deterministic algorithms, the default
+    type and the current CUDA device. All of them belong to the process: other threads that compute
+    meanwhile see the changes.
 
     Args:
         device: a CUDA device to make the current one within the block.
@@ -367,6 +377,8 @@ def preserve_torch_settings(device: str | None = None) -> Iterator[None]:
     _settings.enter()
     try:
         limit_threads()
+        if torch.get_default_dtype() != torch.float32:
+            torch.set_default_dtype(torch.float32)
         if device is not None and device.startswith("cuda:"):
             torch.cuda.set_device(device)
         with torch.inference_mode(False), torch.enable_grad():

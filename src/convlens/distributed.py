@@ -231,7 +231,7 @@ class ProcessGroup:
         if self.size == 1 and part is not None:
             return part
         shape = self.broadcast(lambda: list(cast(Tensor, part).shape[1:]))
-        whole = torch.zeros(sum(counts), *shape)
+        whole = torch.zeros(sum(counts), *shape, dtype=torch.float32)
         with _peer_errors():
             for rank, rows in enumerate(whole.split(list(counts))):
                 if rank == self.rank and part is not None:

@@ -1,4 +1,4 @@
-"""Errors that a user can cause, with their exit codes, and look-up by name with suggestions.
+"""Errors that a user can cause, with their exit codes; look-up by name; checks of arguments.
 
 Any other exception is a bug of convlens and keeps its traceback, except that the command line
 turns running out of memory and errors of the operating system into a `ResourceError`.
@@ -7,8 +7,11 @@ turns running out of memory and errors of the operating system into a `ResourceE
 from __future__ import annotations
 
 import difflib
+import numbers
+import os
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -123,7 +126,43 @@ def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
     Raises:
         UsageError: there is no such entry; suggests similar names, or lists all of them.
     """
+    if not isinstance(name, str):
+        raise wrong_type(kind, name, f"choose from: {', '.join(table)}")
     if name in table:
         return table[name]
     fix = did_you_mean(close_matches(name, table)) or f"choose from: {', '.join(table)}"
     raise UsageError(f"unknown {kind} {name!r}", fix=fix)
+
+
+def wrong_type(what: str, value: object, fix: str) -> UsageError:
+    """Return the error for a value of another type than that of an argument.
+
+    Args:
+        what: the argument, or what the value should be, e.g. "path".
+    """
+    return UsageError(f"{what}: an object of type {type(value).__name__!r} can't be used", fix=fix)
+
+
+def check_path(argument: str, value: Any) -> Path:
+    """Return a path that the caller gave.
+
+    Raises:
+        UsageError: it is something else, such as a number.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise wrong_type(argument, value, "give a path")
+    return Path(value)
+
+
+def check_count(argument: str, value: Any, minimum: int = 1) -> int:
+    """Return a number of things that the caller gave; integers of NumPy are accepted.
+
+    Raises:
+        UsageError: it is not a whole number, or is below `minimum`.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise wrong_type(argument, value, f"give a whole number, {minimum} or more")
+    count = int(value)
+    if count < minimum:
+        raise UsageError(f"{argument}={count}: must be at least {minimum}")
+    return count

@@ -19,7 +19,7 @@ from convlens.data.conversion import resolve_fit
 from convlens.data.dataset import data_from_arrays
 from convlens.data.decode import fit_arrays
 from convlens.device import prepare, preserve_rng, preserve_torch_settings, select_device
-from convlens.errors import UsageError
+from convlens.errors import UsageError, wrong_type
 from convlens.prediction import all_probabilities
 from convlens.run import LoadedModel, RunDir, load_model
 from convlens.runtime import RuntimeContext
@@ -85,8 +85,23 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     @preserve_torch_settings()
     @preserve_rng()
-    def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> ImageClassifier:  # noqa: N803
-        """Train on images `X` with labels `y` of any sortable type; return self."""
+    def fit(
+        self,
+        X: npt.ArrayLike,  # noqa: N803
+        y: npt.ArrayLike,
+        **unsupported: Any,
+    ) -> ImageClassifier:
+        """Train on images `X` with labels `y` of any sortable type; return self.
+
+        Weights of single samples are not supported; there are those of classes (`class_weight`).
+        """
+        # Not in the signature: scikit-learn would take `sample_weight` there as supported.
+        if unsupported:
+            name = next(iter(unsupported))
+            fix = "ImageClassifier(...) takes the options"
+            if name == "sample_weight":
+                fix = "give weights of classes: ImageClassifier(class_weight={label: weight})"
+            raise UsageError(f"fit does not support {name}", fix=fix)
         images, targets = self._images(X), column_or_1d(y, warn=True)
         check_classification_targets(targets)
         if len(images) != len(targets):
@@ -138,6 +153,8 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return labels
 
     def _overrides(self, images: npt.NDArray[np.uint8]) -> list[str]:
+        if not isinstance(self.overrides, Mapping | None):
+            raise wrong_type("overrides", self.overrides, 'give {"optim.lr": 0.1}')
         values = {**(self.overrides or {}), "train.seed": self.random_state}
         values |= {"data.channels": int(images.shape[1]), "data.val_fraction": self.val_fraction}
         if self.epochs is not None:
@@ -160,6 +177,8 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 raise UsageError(
                     f"X has flattened rows {array.shape}", fix="set image_shape=(height, width)"
                 )
+            if not isinstance(self.image_shape, tuple | list):
+                raise wrong_type("image_shape", self.image_shape, "give (height, width)")
             if array.shape[1] != np.prod(self.image_shape):
                 raise UsageError(
                     f"rows of {array.shape[1]} numbers are not images of "

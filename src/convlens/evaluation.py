@@ -29,6 +29,7 @@ from convlens import metrics, run_plots, serialization
 from convlens.data.dataset import (
     ALL_IMAGES,
     Data,
+    RunImages,
     Split,
     load_data,
     load_external_data,
@@ -74,8 +75,9 @@ from convlens.run import (
     safe_name,
     shared_run_dir,
 )
-from convlens.uncertainty.calibration import as_percent
-from convlens.uncertainty.promises import Promises
+from convlens.uncertainty.calibration import OutlierDetector, as_percent
+from convlens.uncertainty.outliers import ORDINARY_SHARE
+from convlens.uncertainty.promises import Promises, ShareLike
 from convlens.utils import files, notebook
 from convlens.utils.console import print_status, progress_bar, quiet_mode
 
@@ -120,9 +122,13 @@ class Evaluation:
         sets: None, or what `prediction_set` gives on this split: the requested `coverage`, the
             lowest probability in a set (`threshold`), the share `covered` of sets with the true
             class and its `interval95`, the `mean_size` and the share of `single` classes.
+        unlike: None if the model cannot tell, or how many images `predict` marks as unlike the
+            training images: `marked`, their `share` and its `interval95`, and what decides (`by`:
+            `features` or `energy`).
         looks: how often this split has been evaluated, this time included; for the test split, how
             often it has been used.
-        images_per_second: speed of the whole pass, test-time augmentation included.
+        images_per_second: speed of the whole pass, test-time augmentation and the comparison with
+            training images (`unlike`) included.
         own: whether this is a split of the run itself, and not of another data set.
         trained_on: number of images of another data set that the run was trained on.
     """
@@ -158,6 +164,7 @@ class Evaluation:
     hardware: dict[str, Any]
     own: bool = True
     trained_on: int = 0
+    unlike: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         low, high = self.interval95
@@ -228,6 +235,17 @@ class Evaluation:
             f"average, {r['single']:.1%} a single one"
         )
 
+    def unlike_sentence(self) -> str:
+        """Say how many images are marked as unlike the training images; empty if unknown."""
+        if self.unlike is None:
+            return ""
+        low, high = self.unlike["interval95"]
+        return (
+            f"{self.unlike['marked']:,} of {self.n:,} images ({self.unlike['share']:.1%}, 95% "
+            f"interval {low:.1%} to {high:.1%}) are marked as unlike the training images; about "
+            f"{1 - ORDINARY_SHARE:.0%} of ordinary images are"
+        )
+
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
@@ -240,9 +258,9 @@ def evaluate(
     *,
     data: str | Path | DataConfig | None = None,
     tta: str | None = None,
-    min_accuracy: float | None = None,
-    confidence: float = 0.95,
-    prediction_set: float | None = None,
+    min_accuracy: ShareLike | None = None,
+    confidence: ShareLike = 0.95,
+    prediction_set: ShareLike | None = None,
     device: str | None = None,
     quiet: bool = True,
     own_data: Data | None = None,
@@ -276,12 +294,7 @@ def evaluate(
         >>> convlens.evaluate("digits", "val").accuracy
     """
     split = None if split is None else check_split(split)
-    if not isinstance(data, str | os.PathLike | DataConfig | None):
-        raise UsageError(
-            f"an object of type {type(data).__name__!r} is not a data set",
-            fix="name a folder, a list of images or a data set; `predict` classifies images in "
-            "memory",
-        )
+    check_data(data)
     inference.select_views(tta)  # report a typo before a data set is loaded
     process_group = init_process_group()
     run_dir = shared_run_dir(process_group, lambda: as_run_dir(run))
@@ -303,6 +316,20 @@ def evaluate(
             process_group=process_group,
         )
         return log_evaluation(run_dir, result.evaluation, process_group)
+
+
+def check_data(data: object) -> None:
+    """Check the type of another data set that the caller gave.
+
+    Raises:
+        UsageError: it is neither a name or path nor a data section.
+    """
+    if not isinstance(data, str | os.PathLike | DataConfig | None):
+        raise UsageError(
+            f"an object of type {type(data).__name__!r} is not a data set",
+            fix="name a folder, a list of images or a data set; `predict` classifies images in "
+            "memory",
+        )
 
 
 def check_split(name: str) -> str:
@@ -377,11 +404,12 @@ def load_eval_split(
         UsageError, DataError: as by `evaluate`.
     """
     if data is not None:
+        run_images = RunImages(loaded.folder)
         # The keys of a data section say how to read another set.
         if recognize and not isinstance(data, DataConfig):
-            own_data = recognize_own_data(loaded, str(data), device)
+            own_data = recognize_own_data(loaded, str(data), device, run_images)
         if own_data is None:
-            return _external_split(loaded, data, split, device)
+            return _external_split(loaded, data, split, device, run_images)
         print_status(
             f"{escape(str(data))} holds the images that this model was trained and tested on: "
             f"using only its own {split or 'test'} split"
@@ -397,17 +425,21 @@ def _in_model_order(part: Split, classes: Sequence[str], loaded: LoadedModel) ->
 
 
 def _external_split(
-    loaded: LoadedModel, data: str | Path | DataConfig, split: str | None, device: str
+    loaded: LoadedModel,
+    data: str | Path | DataConfig,
+    split: str | None,
+    device: str,
+    run_images: RunImages,
 ) -> EvalSplit:
     external = load_external_data(
-        data.name if isinstance(data, DataConfig) else str(data),
+        data,
         split,
         conversion=loaded.preprocessing.conversion,
         memory_budget=memory_budget(device),
         tested=True,
-        run=loaded.folder,
-        model_classes=loaded.classes,
-        config=data if isinstance(data, DataConfig) else None,
+        run_images=run_images,
+        known_classes=loaded.classes,
+        match_classes=True,
     )
     own = external.is_own_split
     return EvalSplit(
@@ -480,11 +512,16 @@ def _missing_data(loaded: LoadedModel, name: str) -> DataError:
     )
 
 
-def recognize_own_data(loaded: LoadedModel, name: str, device: str) -> Data | None:
+def recognize_own_data(
+    loaded: LoadedModel, name: str, device: str, run_images: RunImages | None = None
+) -> Data | None:
     """Return the data that the model was trained on if `name` holds exactly its images, else None.
 
     They may have moved or been renamed. A new place is recorded in the run, so that later commands
     find it. Built-in sets cannot move: their names always mean the whole set.
+
+    Args:
+        run_images: the list of the run's images, if the caller needs it, too.
     """
     config = serialization.recipe_from_metadata(loaded.model_metadata).data
     if name in SOURCES:
@@ -494,7 +531,7 @@ def recognize_own_data(loaded: LoadedModel, name: str, device: str) -> Data | No
         source = find_configured_source(here, known_classes=loaded.classes)
         if set(source.classes) != set(loaded.classes):
             return None
-        if loaded.folder is not None and not may_hold_images_of_run(loaded.folder, source):
+        if not may_hold_images_of_run(run_images or RunImages(loaded.folder), source):
             return None
         data = _load_as_trained(loaded, here, device)
     except ConvlensError:
@@ -530,6 +567,7 @@ def evaluate_split(
     *,
     tta: str | None = None,
     promises: Promises | None = None,
+    measure_unlike: bool = True,
     draw: bool = True,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> EvaluationRun:
@@ -537,13 +575,17 @@ def evaluate_split(
 
     Args:
         promises: thresholds whose effect on this split is reported.
+        measure_unlike: also measure how many images are unlike the training images.
         draw: also draw confusion, calibration and the worst mistakes.
         process_group: the processes that share the images.
     """
     part, name, fingerprint, split, own = eval_split[:5]
     start = time.perf_counter()
     plan, can_choose = _inference_plan(run_dir, loaded, device)
-    outputs, labels = _compute_outputs(loaded, part, split, plan, can_choose, tta, process_group)
+    detector = loaded.calibration.detector if measure_unlike else None
+    outputs, labels = _compute_outputs(
+        loaded, part, split, plan, can_choose, tta, process_group, detector
+    )
     seconds = time.perf_counter() - start
     scores, targets = outputs.logits.cpu().numpy(), labels.cpu().numpy()
     temperature = loaded.calibration.temperature
@@ -567,6 +609,7 @@ def evaluate_split(
         "looks": 0,  # until it is logged
         "own": own,
         "trained_on": eval_split.trained_on,
+        "unlike": _unlike_metrics(detector, outputs.features),
     }
     # Reports show the outputs of the model file, not those of an exported one.
     is_cached = own and eval_split.in_order and loaded.is_native
@@ -699,8 +742,22 @@ def _compute_outputs(
     can_choose_memory_format: bool,
     tta: str | None,
     process_group: ProcessGroup,
+    detector: OutlierDetector | None = None,
 ) -> tuple[ModelOutputs, torch.Tensor]:
-    """Return the logits without and with test-time augmentation, and the labels, on the device."""
+    """Return the logits without and with test-time augmentation, and the labels, on the device.
+
+    With a detector, the features are scores `[N, 1]`: how far each image is above the threshold
+    for unknown images. Features of a complete split could need more memory than its images.
+    """
+    temperature = loaded.calibration.temperature
+
+    def score(outputs: ModelOutputs) -> torch.Tensor:
+        assert detector is not None
+        features = None if outputs.features is None else outputs.features.cpu().numpy()
+        scored = detector.scores(outputs.logits.cpu().numpy(), temperature, features)
+        assert scored is not None
+        scores, threshold = scored
+        return torch.from_numpy(scores - threshold).float()[:, None]
 
     def compute(share: Labelled) -> ModelOutputs:
         model, normalize = loaded.model, loaded.preprocessing.normalize
@@ -712,13 +769,30 @@ def _compute_outputs(
             inference.select_views(tta),
             advance=bar.advance,
             choose_memory_format=can_choose_memory_format and process_group.size == 1,
+            with_features=detector is not None and detector.uses_features,
+            reduce_features=score if detector is not None and detector.can_score else None,
         )[0]
 
     with progress_bar(f"evaluating {split}", int(part.labels.numel())) as bar:
-        plain, mean, _ = distributed_map(process_group, part, compute)
+        plain, mean, scores = distributed_map(process_group, part, compute)
         assert plain is not None
         synchronize(plan.device)
-    return ModelOutputs(plain, mean), part.labels.to(plan.device)
+    return ModelOutputs(plain, mean, scores), part.labels.to(plan.device)
+
+
+def _unlike_metrics(
+    detector: OutlierDetector | None, scores: torch.Tensor | None
+) -> dict[str, Any] | None:
+    """Return `Evaluation.unlike` for scores `[N, 1]` above the threshold."""
+    if detector is None or scores is None:
+        return None
+    marked, n = int((scores > 0).sum()), len(scores)
+    return {
+        "marked": marked,
+        "share": marked / n,
+        "interval95": list(metrics.wilson_interval(marked, n)),
+        "by": "features" if detector.uses_features else "energy",
+    }
 
 
 def _tta_metrics(

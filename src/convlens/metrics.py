@@ -591,8 +591,9 @@ def _check_logits(logits: npt.ArrayLike) -> npt.NDArray[Any]:
     matrix = np.asarray(logits)
     if matrix.ndim != 2 or matrix.shape[1] == 0:
         raise UsageError(f"outputs must have the shape [images, classes], got {matrix.shape}")
-    bad = ~np.isfinite(matrix).all(axis=1)
-    if bad.any():
+    finite = np.isfinite(matrix)
+    if not finite.all():
+        bad = ~finite.all(axis=1)
         # Pixels are uint8, so only the weights (or half precision) can cause this.
         raise ModelFileError(
             f"the model's outputs are not finite for {int(bad.sum())} of {len(bad)} images",

@@ -16,7 +16,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,15 +27,22 @@ from numpy.testing import assert_allclose
 from torch import Tensor, nn
 
 from convlens import metrics
-from convlens.data.dataset import Split, load_external_data
+from convlens.data.dataset import Split, find_external_source, load_external_data
 from convlens.data.decode import ALPHA
 from convlens.data.loader import scale_and_shift
-from convlens.data.sources import DrawnShapes, find_source
+from convlens.data.sources import DrawnShapes
 from convlens.device import memory_budget, preserve_torch_settings
 from convlens.engine import oom
 from convlens.engine.inference import Forward, place_model
-from convlens.errors import DataError, ModelFileError, UsageError, lookup
-from convlens.evaluation import load_own_data
+from convlens.errors import (
+    DataError,
+    ModelFileError,
+    UsageError,
+    check_path,
+    lookup,
+    wrong_type,
+)
+from convlens.evaluation import check_data, load_own_data
 from convlens.onnx_model import (
     INPUT,
     OUTPUTS,
@@ -45,6 +52,7 @@ from convlens.onnx_model import (
     require,
     serialize,
 )
+from convlens.recipe import DataConfig
 from convlens.run import LoadedModel, Preprocessing, RunDir, RunLike, as_run_dir, load_model
 from convlens.utils import files
 from convlens.utils.console import print_status, quiet_mode
@@ -126,7 +134,7 @@ def export(
     to: str | Sequence[str] = "onnx",
     *,
     output: str | Path | None = None,
-    data: str | Path | None = None,
+    data: str | Path | DataConfig | None = None,
     quiet: bool = True,
 ) -> list[Export]:
     """Write a run's model as files for other programs, one for each format.
@@ -138,7 +146,8 @@ def export(
         run: a run by name, folder or model file, or a `Run`.
         to: one or several formats: `onnx`, `torch`.
         output: path of the file, with the suffix of the format; by default beside the model file.
-        data: a data set for the check; by default the run's validation images.
+        data: a data set for the check, or a data section of a recipe with the keys to read it; by
+            default the run's validation images.
         quiet: show no messages.
 
     Raises:
@@ -150,13 +159,20 @@ def export(
         >>> convlens.export("digits", "onnx")[0].path
     """
     run_dir = as_run_dir(run)
-    names = [to] if isinstance(to, str) else list(dict.fromkeys(to))
-    if not names:
+    check_data(data)
+    if not isinstance(to, str | Iterable) or isinstance(to, bytes):
+        raise wrong_type("to", to, f"choose from: {', '.join(FORMATS)}")
+    requested = [to] if isinstance(to, str) else list(to)
+    if not requested:
         raise UsageError("no format to export to", fix=f"choose from: {', '.join(FORMATS)}")
-    formats = [lookup(FORMATS, name, "format") for name in names]
+    for name in requested:
+        lookup(FORMATS, name, "format")
+    names = list(dict.fromkeys(requested))
+    formats = [FORMATS[name] for name in names]
     if output is not None and len(names) > 1:
         raise UsageError("one file for several formats", fix="leave out --output, or one --to each")
-    targets = [Path(output or run_dir.model_path.with_suffix(form.suffix)) for form in formats]
+    output = None if output is None else check_path("output", output)
+    targets = [output or run_dir.model_path.with_suffix(form.suffix) for form in formats]
     for name, form, target in zip(names, formats, targets, strict=True):
         if target.suffix.lower() != form.suffix:
             raise UsageError(
@@ -166,7 +182,7 @@ def export(
             require(package)  # now, not after minutes of work
     with quiet_mode(quiet):
         loaded = load_model(run_dir.model_path)
-        images, source = sample_images(run_dir, loaded, None if data is None else str(data))
+        images, source = sample_images(run_dir, loaded, data)
         reference = ReferenceOutputs(loaded, images, source)
         program = capture(loaded)
         return [
@@ -284,7 +300,9 @@ def _assert_close(name: str, actual: np.ndarray, expected: np.ndarray, atol: flo
     )
 
 
-def sample_images(run_dir: RunDir, loaded: LoadedModel, data: str | None) -> tuple[Tensor, str]:
+def sample_images(
+    run_dir: RunDir, loaded: LoadedModel, data: str | Path | DataConfig | None
+) -> tuple[Tensor, str]:
     """Return up to 500 evenly spaced validation images of the run, or images of `data`.
 
     Falls back to training images for a run without a validation split, and to synthetic images
@@ -317,21 +335,24 @@ def sample_images(run_dir: RunDir, loaded: LoadedModel, data: str | None) -> tup
     return _evenly_spaced(own_data.train), source
 
 
-def _load_external_split(loaded: LoadedModel, data: str) -> tuple[Split, str]:
+def _load_external_split(loaded: LoadedModel, data: str | Path | DataConfig) -> tuple[Split, str]:
     """Load the validation split of a data set, or else its training split, or else all images.
+
+    The labels are not used, so its classes need not be those of the model.
 
     Returns:
         The split and the name of the data set.
     """
-    pre = loaded.preprocessing
-    parts = find_source(data, image_size=pre.image_size, tested=True).parts
-    split = next(name for name in ("val", "train", *parts) if name in parts)
+    conversion, classes = loaded.preprocessing.conversion, loaded.classes
+    source = find_external_source(data, conversion=conversion, known_classes=classes, tested=True)
+    split = next(name for name in ("val", "train", *source.parts) if name in source.parts)
     external = load_external_data(
         data,
-        None if list(parts) == ["train"] else split,  # a set without splits
-        conversion=pre.conversion,
+        None if list(source.parts) == ["train"] else split,  # a set without splits
+        conversion=conversion,
         memory_budget=memory_budget("cpu"),
         tested=True,
+        known_classes=classes,
     )
     return external.images, external.name
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from convlens.data.arrays import ValueRange, check_range, to_uint8
-from convlens.data.decode import Conversion, Pixels, UnreadableImage
+from convlens.data.conversion import by_itself_note, not_finite_note
+from convlens.data.decode import Conversion, DeepFacts, DeepReport, Pixels, UnreadableImage
 from convlens.data.input_images import (
     ImageLike,
     InputBatch,
@@ -33,10 +35,10 @@ from convlens.data.input_images import (
 from convlens.device import Plan, preserve_torch_settings, usable_cores
 from convlens.engine import inference
 from convlens.engine.inference import Forward, place_model, probabilities
-from convlens.errors import UsageError
+from convlens.errors import UsageError, check_count
 from convlens.onnx_model import load_model_or_onnx
 from convlens.run import LoadedModel, Preprocessing, RunLike, as_run_dir
-from convlens.uncertainty.promises import Promises
+from convlens.uncertainty.promises import Promises, ShareLike
 from convlens.utils import notebook
 from convlens.utils.console import print_status, progress_bar, quiet_mode
 from convlens.utils.process import submit_task, wait_for_result
@@ -106,11 +108,12 @@ def predict(
     *,
     top_k: int = 1,
     tta: str | None = None,
-    min_accuracy: float | None = None,
-    confidence: float = 0.95,
-    prediction_set: float | None = None,
+    min_accuracy: ShareLike | None = None,
+    confidence: ShareLike = 0.95,
+    prediction_set: ShareLike | None = None,
     channels: str | None = None,
     range: ValueRange | None = None,
+    max_pixels: int | None = None,
     device: str | None = None,
     quiet: bool = True,
 ) -> list[Prediction]:
@@ -134,16 +137,19 @@ def predict(
         top_k: number of classes to return for each image.
         tta: test-time augmentation, `flip` or `flip+shifts`. Its predictions are returned in
             addition to those without it. Only for classes that a mirror image does not change.
-        min_accuracy: answer only images of such confidence that this share of the answers is
-            correct; the others are `unsure`. For images like those of the validation split.
+        min_accuracy: answer only images of such confidence that this share of the answers, 0.95 or
+            `"95%"`, is correct; the others are `unsure`. For images like those of the validation
+            split.
         confidence: the probability that this promise holds.
         prediction_set: also return sets of classes that contain the true one for this share of
             images like those of the validation split.
         channels: which axis of an array's images holds the channels: `first`, `last`, or `none`
             for grey images. Needed if a shape can be read in two ways, e.g. `(3, 64, 64)`: one
             color image, or three grey ones.
-        range: the values of arrays that become black and white, e.g. `(0, 4095)`. Not needed for
-            uint8, booleans, floats in 0..1, or if the model was trained on such values.
+        range: the values of arrays, and of files with more than 8 bits per value, that become
+            black and white, e.g. `(0, 4095)`. Not needed for uint8, booleans, floats in 0..1, or
+            if the model was trained on such values.
+        max_pixels: larger files are refused; by default the limit of the training.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
         quiet: show no progress.
 
@@ -154,24 +160,31 @@ def predict(
 
     A file or stream that cannot be decoded gives a `Prediction` with `error` set.
 
+    Warns:
+        UserWarning: files with more than 8 bits per value were given to a model of 8-bit images
+            without `range`; or values are NaN.
+
     Example:
         >>> convlens.predict("digits", ["seven.png", "more/"])[0].label
     """
+    check_count("top_k", top_k)
     sources = collect_inputs(inputs, channels=channels)
     loaded = load_model_or_onnx(as_run_dir(run).model_path)
-    promises = Promises.of(loaded.calibration, min_accuracy, confidence, prediction_set)
-    return list(
+    reader = ImageReader(loaded.preprocessing.conversion, value_range=range, max_pixels=max_pixels)
+    predictions = list(
         iter_predictions(
             loaded,
             sources,
             top_k=top_k,
             tta=tta,
-            promises=promises,
-            value_range=range,
+            promises=Promises.of(loaded.calibration, min_accuracy, confidence, prediction_set),
+            reader=reader,
             device=device,
             quiet=quiet,
         )
     )
+    reader.warn()
+    return predictions
 
 
 class Predictor:
@@ -191,7 +204,7 @@ class Predictor:
         self.transform = ImageTransform(loaded.preprocessing)
         pre = loaded.preprocessing
         blank = torch.zeros(1, pre.channels, pre.image_size, pre.image_size, dtype=torch.uint8)
-        self._normalize = pre.normalize
+        self._normalize, self._conversion = pre.normalize, pre.conversion
         with preserve_torch_settings():
             self._threads = torch.get_num_threads()
             self._plan = place_model(loaded.model, loaded.select_device(device))
@@ -226,16 +239,19 @@ class Predictor:
         *,
         top_k: int = 1,
         tta: str | None = None,
-        min_accuracy: float | None = None,
-        confidence: float = 0.95,
-        prediction_set: float | None = None,
+        min_accuracy: ShareLike | None = None,
+        confidence: ShareLike = 0.95,
+        prediction_set: ShareLike | None = None,
         channels: str | None = None,
         range: ValueRange | None = None,
+        max_pixels: int | None = None,
         quiet: bool = True,
     ) -> list[Prediction]:
         """Classify images; arguments, result and errors are those of `convlens.predict`."""
+        check_count("top_k", top_k)
         sources = collect_inputs(inputs, channels=channels)
         total = count_images(sources)
+        reader = ImageReader(self._conversion, value_range=range, max_pixels=max_pixels)
         calibration = self._loaded.calibration
         promises = Promises.of(calibration, min_accuracy, confidence, prediction_set)
         is_trial = self._loaded.can_choose_memory_format and total >= inference.MIN_TRIAL_IMAGES
@@ -250,18 +266,20 @@ class Predictor:
             choose_memory_format=is_trial,
             with_features=_uses_features(self._loaded),
         )
-        return list(
+        predictions = list(
             _iter_predictions(
                 self._loaded,
                 sources,
                 forward,
-                check_range(range),
+                reader,
                 promises,
                 top_k=top_k,
                 quiet=quiet,
                 settings=self._settings,
             )
         )
+        reader.warn()
+        return predictions
 
     def _settings(self) -> AbstractContextManager[None]:
         """Return the context of a forward pass."""
@@ -282,13 +300,18 @@ class ImageTransform:
     preprocessing: Preprocessing
 
     def __call__(
-        self, image: ImageLike, *, channels: str | None = None, range: ValueRange | None = None
+        self,
+        image: ImageLike,
+        *,
+        channels: str | None = None,
+        range: ValueRange | None = None,
+        max_pixels: int | None = None,
     ) -> Tensor:
         """Return an image as a normalized float32 tensor `[C, H, W]`.
 
         Args:
             image: one image, as `convlens.predict` takes it.
-            channels, range: as for `convlens.predict`.
+            channels, range, max_pixels: as for `convlens.predict`.
 
         Raises:
             UnreadableImage: the file or stream cannot be decoded.
@@ -300,14 +323,14 @@ class ImageTransform:
                 f"a transform takes one image, not {count_images(sources)}",
                 fix="call it for each image",
             )
-        value_range = check_range(range)
         (source,) = sources
-        conversion = self.preprocessing.conversion
-        pixels = (
-            _fit_batch(source.images, conversion, value_range)[0]
-            if isinstance(source, InputBatch)
-            else _read_image(source, conversion, value_range)
+        reader = ImageReader(
+            self.preprocessing.conversion, value_range=range, max_pixels=max_pixels
         )
+        if isinstance(source, InputBatch):
+            source = InputImage("0", source.images[0])
+        pixels = reader.read(source, reader.record)
+        reader.warn()
         batch = torch.from_numpy(np.array(pixels))[None]  # writable: torch warns of other arrays
         tensor: Tensor = self.preprocessing.normalize(batch, Plan("cpu", "fp32", "contiguous"))[0]
         return tensor
@@ -320,7 +343,7 @@ def iter_predictions(
     top_k: int = 1,
     tta: str | None = None,
     promises: Promises | None = None,
-    value_range: ValueRange | None = None,
+    reader: ImageReader | None = None,
     device: str | None = None,
     quiet: bool = False,
 ) -> Iterator[Prediction]:
@@ -329,9 +352,9 @@ def iter_predictions(
     Args:
         loaded: the model.
         inputs: as `collect_inputs` returns them; or paths of files.
-        value_range: the `range` of `predict`.
         top_k, tta, device, quiet: as in `predict`.
         promises: thresholds for answers and sets of this model.
+        reader: reads the images; by default as the model was trained.
 
     Raises:
         UsageError: unknown views, or an array that does not hold images.
@@ -358,7 +381,7 @@ def iter_predictions(
         loaded,
         sources,
         forward,
-        check_range(value_range),
+        reader or ImageReader(loaded.preprocessing.conversion),
         promises or Promises(),
         top_k=top_k,
         quiet=quiet,
@@ -370,7 +393,7 @@ def _iter_predictions(
     loaded: LoadedModel,
     inputs: Inputs,
     forward: Forward,
-    value_range: ValueRange | None,
+    reader: ImageReader,
     promises: Promises,
     *,
     top_k: int,
@@ -386,16 +409,17 @@ def _iter_predictions(
     # A bar that is not shown takes longer than a small network.
     shown = contextlib.nullcontext() if quiet else progress_bar("predicting", count_images(inputs))
     with shown as bar:
-        for batch in _read_inputs(inputs, loaded.preprocessing.conversion, value_range):
-            readable = [image for _, image, _ in batch if image is not None]
-            names = [name for name, image, _ in batch if image is not None]
+        for batch in _read_inputs(inputs, reader):
+            readable = [entry.pixels for entry in batch if entry.pixels is not None]
+            names = [entry.name for entry in batch if entry.pixels is not None]
             # Not around the loop: the caller's code runs between two predictions.
             with settings():
                 outputs = _run_network(readable, loaded, forward)
             answers = _answers(outputs, names, k, loaded, promises)
-            for filename, image, error in batch:
-                if image is None:
-                    yield Prediction(filename, error=error)
+            for entry in batch:
+                reader.count(entry)
+                if entry.pixels is None:
+                    yield Prediction(entry.name, error=entry.error)
                 else:
                     yield next(answers)
             if bar is not None:
@@ -470,31 +494,152 @@ def _top_classes(
         yield tuple((loaded.classes[i], prob) for i, prob in zip(classes, row, strict=True))
 
 
-# Name, image or None, and the reason why there is no image.
-InputEntry = tuple[str, Pixels | None, str | None]
+class InputEntry(NamedTuple):
+    """An image that was read, or the reason why it was not; and what is to be reported of it."""
+
+    name: str
+    pixels: Pixels | None
+    error: str | None = None
+    facts: DeepFacts | None = None
+
+
 # What a thread reads at once.
 ReadTask = list[InputImage] | InputBatch
 
 
-def _read_inputs(
-    inputs: Inputs, conversion: Conversion, value_range: ValueRange | None
-) -> Iterator[list[InputEntry]]:
+class ImageReader:
+    """Converts images to the input of a model, and counts what people should know of them.
+
+    `read`, `fit` and `read_task` may be called by several threads, the others by one.
+
+    Args:
+        conversion: that of the model.
+        value_range, max_pixels: `range` and `max_pixels` of `predict`.
+
+    Raises:
+        UsageError: a range or number that is not possible.
+    """
+
+    def __init__(
+        self,
+        conversion: Conversion,
+        *,
+        value_range: object = None,
+        max_pixels: int | None = None,
+    ) -> None:
+        self.conversion = conversion
+        self.value_range = check_range(value_range)
+        if max_pixels is not None:
+            limit = check_count("max_pixels", max_pixels)
+            self.conversion = replace(self.conversion, max_pixels=limit)
+        if self.value_range is not None:
+            self.conversion = replace(self.conversion, value_range=self.value_range)
+        self._total = 0
+        self._by_itself, self._not_finite = list[str](), list[str]()  # names
+        self._share = 0.0  # sum of the shares of values that are not finite
+
+    def read(self, image: InputImage, report: DeepReport | None = None) -> Pixels:
+        """Return an image as uint8 `[C, H, W]` of the model's size.
+
+        Raises:
+            UnreadableImage: it cannot be decoded.
+            UsageError: the range of an array's values is not known.
+        """
+        name, source = image.name, image.source
+        if isinstance(source, np.ndarray):
+            pixels: Pixels = self.fit(source[None], where=f"image {name}")[0]
+            facts = self._facts_of(source)
+            if report is not None and facts is not None:
+                report(facts)
+            return pixels
+        if source == b"":
+            raise UnreadableImage(name, "it is empty (0 bytes)")
+        if isinstance(source, Image.Image):
+            return self.conversion.pil(source, name, report)
+        return self.conversion.file(source, name, report)
+
+    def fit(self, images: npt.NDArray[Any], where: str = "") -> Pixels:
+        """Return images `[N, C, H, W]` of any type as uint8 of the model's size."""
+        stored_range = self.conversion.value_range
+        pixels = to_uint8(
+            images, value_range=self.value_range, stored_range=stored_range, where=where
+        )
+        return self.conversion.array(pixels)
+
+    def _facts_of(self, image: npt.NDArray[Any]) -> DeepFacts | None:
+        """Return what to report of an array; without a value range it has no NaN."""
+        if image.dtype.kind != "f" or self.conversion.value_range is None:
+            return None
+        return DeepFacts(False, 1 - float(np.isfinite(image).mean()))
+
+    def read_task(self, task: ReadTask) -> list[InputEntry]:
+        """Read some images, each of which may be unreadable."""
+        if isinstance(task, InputBatch):
+            images = zip(task.images, self.fit(task.images), strict=True)
+            return [
+                InputEntry(str(number), pixels, facts=self._facts_of(image))
+                for number, (image, pixels) in enumerate(images, task.first)
+            ]
+        entries: list[InputEntry] = []
+        for each in task:
+            found = list[DeepFacts]()
+            try:
+                pixels = self.read(each, found.append)
+                entries.append(InputEntry(each.name, pixels, facts=found[0] if found else None))
+            except UnreadableImage as error:
+                entries.append(InputEntry(each.name, None, error.reason))
+        return entries
+
+    def count(self, entry: InputEntry) -> None:
+        """Count an image for `notes`."""
+        self._total += 1
+        if entry.facts is not None:
+            self.record(entry.facts, entry.name)
+
+    def record(self, facts: DeepFacts, name: str = "image") -> None:
+        """Count a deep image for `notes`."""
+        self._total = max(self._total, 1)
+        if facts.by_itself:
+            self._by_itself.append(name)
+        if facts.not_finite:
+            self._not_finite.append(name)
+            self._share += facts.not_finite
+
+    def notes(self, fix: str) -> list[str]:
+        """Return warnings about the images that were counted.
+
+        Args:
+            fix: how to give a value range.
+        """
+        notes = []
+        if self._by_itself:
+            notes.append(by_itself_note(len(self._by_itself), self._total, self._by_itself[0], fix))
+        if self._not_finite:
+            count, first = len(self._not_finite), self._not_finite[0]
+            notes.append(not_finite_note(count, self._total, self._share / count, first=first))
+        return notes
+
+    def warn(self) -> None:
+        """Issue the notes as Python warnings."""
+        for note in self.notes("range=(low, high) gives the values that become black and white"):
+            warnings.warn(note.removeprefix("warning: "), stacklevel=3)
+
+
+def _read_inputs(inputs: Inputs, reader: ImageReader) -> Iterator[list[InputEntry]]:
     """Yield the images in batches; the next files are decoded while the caller uses a batch."""
-    fitting = MAX_BATCH_BYTES // conversion.image_bytes
+    fitting = MAX_BATCH_BYTES // reader.conversion.image_bytes
     # A multiple of the task size.
     fitting = max(IMAGES_PER_TASK, fitting // IMAGES_PER_TASK * IMAGES_PER_TASK)
     size = min(MAX_BATCH_IMAGES, fitting)
     if len(inputs) <= IMAGES_PER_TASK and count_images(inputs) <= size:  # not worth any threads
         tasks = _split_tasks(inputs, size)
-        yield [entry for task in tasks for entry in _read_task(task, conversion, value_range)]
+        yield [entry for task in tasks for entry in reader.read_task(task)]
         return
     pool = ThreadPoolExecutor(max_workers=usable_cores())
     waiting: deque[list[Future[list[InputEntry]]]] = deque()
     try:
         for batch in _group_tasks(_split_tasks(inputs, size), size):
-            waiting.append(
-                [submit_task(pool, _read_task, t, conversion, value_range) for t in batch]
-            )
+            waiting.append([submit_task(pool, reader.read_task, task) for task in batch])
             if len(waiting) > 2:
                 yield [entry for task in waiting.popleft() for entry in wait_for_result(task)]
         while waiting:
@@ -531,52 +676,6 @@ def _group_tasks(tasks: Iterable[ReadTask], size: int) -> Iterator[list[ReadTask
             batch, count = [], 0
     if batch:
         yield batch
-
-
-def _read_task(
-    task: ReadTask, conversion: Conversion, value_range: ValueRange | None
-) -> list[InputEntry]:
-    if isinstance(task, InputBatch):
-        images = _fit_batch(task.images, conversion, value_range)
-        return [(str(number), image, None) for number, image in enumerate(images, task.first)]
-    entries: list[InputEntry] = []
-    for each in task:
-        try:
-            entries.append((each.name, _read_image(each, conversion, value_range), None))
-        except UnreadableImage as error:
-            entries.append((each.name, None, error.reason))
-    return entries
-
-
-def _read_image(
-    image: InputImage, conversion: Conversion, value_range: ValueRange | None
-) -> Pixels:
-    """Return an image as uint8 `[C, H, W]` of the model's size.
-
-    Raises:
-        UnreadableImage: it cannot be decoded.
-        UsageError: the range of an array's values is not known.
-    """
-    name, source = image.name, image.source
-    if isinstance(source, np.ndarray):
-        pixels: Pixels = _fit_batch(source[None], conversion, value_range, where=f"image {name}")[0]
-        return pixels
-    if source == b"":
-        raise UnreadableImage(name, "it is empty (0 bytes)")
-    if isinstance(source, Image.Image):
-        return conversion.pil(source, name)
-    return conversion.file(source, name)
-
-
-def _fit_batch(
-    images: npt.NDArray[Any],
-    conversion: Conversion,
-    value_range: ValueRange | None,
-    where: str = "",
-) -> Pixels:
-    stored_range = conversion.value_range
-    pixels = to_uint8(images, value_range=value_range, stored_range=stored_range, where=where)
-    return conversion.array(pixels)
 
 
 class BatchOutputs(NamedTuple):
@@ -624,8 +723,9 @@ def all_probabilities(
     """
     plan, pre = place_model(loaded.model, loaded.select_device(device)), loaded.preprocessing
     forward = Forward(loaded.model, pre.normalize, plan, total=len(images))
+    reader = ImageReader(pre.conversion)
     parts = [np.empty((0, len(loaded.classes)))]
     for start in range(0, len(images), MAX_BATCH_IMAGES):
-        pixels = _fit_batch(images[start : start + MAX_BATCH_IMAGES], pre.conversion, None)
+        pixels = reader.fit(images[start : start + MAX_BATCH_IMAGES])
         parts.append(_run_network(list(pixels), loaded, forward).probs)
     return np.concatenate(parts)

@@ -153,6 +153,17 @@ class DataConfig(Section):
     max_bad: Fraction = 0.1
     duplicates: Literal["keep", "drop", "group"] = "keep"
 
+    @field_validator("range", mode="before")
+    @classmethod
+    def _parse_range(cls, value: Any) -> Any:
+        """Accept `0..4095`, `0-4095` and `0,4095`, which people write without brackets."""
+        if not isinstance(value, str):
+            return value
+        number = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)"
+        between = r"\s*(?:\.\.+|-|\u2013|,|;|:|\bto\b|\s)\s*"
+        match = re.fullmatch(rf"\s*[(\[]?\s*{number}{between}{number}\s*[)\]]?\s*", value.lower())
+        return [float(match[1]), float(match[2])] if match else value
+
     @field_validator("range")
     @classmethod
     def _check_range(cls, value: Any) -> Any:

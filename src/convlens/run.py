@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from convlens import models, serialization
 from convlens.data.decode import MAX_PIXELS, Conversion
 from convlens.data.loader import Normalize, Prepare
-from convlens.device import select_device
+from convlens.device import preserve_torch_settings, select_device
 from convlens.distributed import ProcessGroup
 from convlens.errors import (
     ConvlensError,
@@ -49,6 +49,7 @@ from convlens.errors import (
     UsageError,
     close_matches,
     did_you_mean,
+    wrong_type,
 )
 from convlens.recipe import Recipe, load_recipe
 from convlens.serialization import CheckpointStore
@@ -427,7 +428,8 @@ def load_model(path: Path) -> LoadedModel:
         classes = tuple(model_metadata["classes"])
         name, options = model_metadata["model"]["name"], model_metadata["model"]["options"]
         shape = preprocessing.channels, preprocessing.image_size
-        with torch.random.fork_rng(devices=[]):  # the random initial weights are replaced
+        # The random initial weights are replaced.
+        with preserve_torch_settings(), torch.random.fork_rng(devices=[]):
             model = models.build_model(name, len(classes), *shape, options)
         models.load_weights(model, tensors)
         calibration = ModelCalibration.from_metadata(
@@ -571,6 +573,16 @@ def _is_name_taken(folder: Path) -> bool:
         return folder.exists()
     leftovers = ("recipe.yaml", "split.csv", "images.csv.gz", "state")
     return any(path.name[0] != "." and path.name not in leftovers for path in folder.iterdir())
+
+
+def check_run_name(name: object) -> None:
+    """Check the type of a name that the caller gave for a run; None is the default.
+
+    Raises:
+        UsageError: it is not a text.
+    """
+    if not isinstance(name, str | None):
+        raise wrong_type("name", name, "give the name of the run as a text")
 
 
 def safe_name(name: str) -> str:

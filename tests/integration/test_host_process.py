@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from helpers.support import tiny
+import convlens
+from helpers.commands import weights
+from helpers.support import same, tiny
 
 PROGRAM = r'''
 import faulthandler, gc, hashlib, json, locale, logging, os, pickle, random, signal, socket, sys
@@ -67,6 +71,7 @@ def state():
 torch.set_num_threads(2)
 torch.backends.cudnn.benchmark = True
 torch.manual_seed(5)
+torch.set_default_dtype(torch.float64)
 signal.signal(signal.SIGTERM, lambda *_: None)
 PIL.ImageFile.LOAD_TRUNCATED_IMAGES = True
 
@@ -120,8 +125,28 @@ def test_the_api_leaves_the_host_process_unchanged(tmp_path: Path) -> None:
     assert done["threads"] == 1
     assert done["errors"] == [
         None,
-        "more than 89 million pixels are refused (11000 x 11000); data.max_pixels raises the limit",
+        "more than 89 million pixels are refused (11000 x 11000); to raise the limit, set "
+        "data.max_pixels, or --max-pixels of predict and look",
     ]
+
+
+def test_the_default_type_of_the_host_changes_no_number() -> None:
+    expected = convlens.train(tiny(), name="plain", device="cpu", quiet=True)
+    images = np.random.default_rng(0).integers(0, 256, (80, 8, 8), np.uint8)
+    predictions, opened = expected.predict(images), expected.open("cpu").predict(images[0])
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = convlens.train(tiny(), name="double", device="cpu", quiet=True)
+        assert got.evaluate("test").loss == expected.results[-1]["loss"]
+        assert got.predict(images) == predictions
+        assert got.open("cpu").predict(images[0]) == opened
+        assert got.module(got.transform(images[0])[None]).dtype == torch.float32
+        labels = images[:, 0, 0] > 127
+        convlens.ImageClassifier(epochs=1).fit(images, labels).predict(images)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    same(weights(got.path), weights(expected.path))
 
 
 def program() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import base64
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,6 +87,118 @@ def test_arrays_are_refused_with_what_to_use() -> None:
         convlens.evaluate("digits", data=images)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="is not the name of an image"):
         convlens.look("digits", [images])  # type: ignore[list-item]
+
+
+WRONG: list[Any] = [None, 3, 0.5, [3], {"a": 1}, {3: 1}, np.zeros((2, 8, 8)), b"x", object()]
+# Arguments for which one of these values is right.
+FITTING: dict[str, tuple[type, ...]] = {
+    "overrides": (),
+    "name": (type(None),),
+    "data": (type(None),),
+    "device": (type(None),),
+    "split": (type(None),),
+    "tta": (type(None),),
+    "variants": (type(None),),
+    "folds": (int, type(None)),
+    "seeds": (int,),
+    "repeat_splits": (int,),
+    "min_accuracy": (type(None), float),
+    "prediction_set": (type(None), float),
+    "confidence": (float,),
+    "top_k": (int,),
+    "channels": (int, type(None)),
+    "range": (type(None),),
+    "max_pixels": (int, type(None)),
+    "output": (type(None),),
+    "folder": (type(None),),
+    "seed": (int,),
+    "nearest": (int,),
+    "target": (type(None),),
+    "cam_layer": (type(None),),
+    "images": (int,),
+    "learn_from": (int,),
+}
+
+
+def is_wrong(argument: str, value: Any) -> bool:
+    return not isinstance(value, FITTING.get(argument, ()))
+
+
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: type(value).__name__)
+def test_values_of_other_types_are_refused_by_every_function(run: Run, value: Any) -> None:
+    """Never a raw TypeError or AttributeError."""
+    calls: list[tuple[Any, tuple[Any, ...], tuple[str, ...]]] = [
+        (convlens.train, (TINY,), ("overrides", "data", "name", "device")),
+        (
+            convlens.train_many,
+            (TINY,),
+            ("overrides", "variants", "repeat_splits", "seeds", "folds", "data", "name"),
+        ),
+        (
+            convlens.find_label_errors,
+            (TINY,),
+            ("overrides", "data", "name", "device", "folds"),
+        ),
+        (
+            convlens.evaluate,
+            (run, "val"),
+            ("data", "tta", "min_accuracy", "confidence", "prediction_set", "device"),
+        ),
+        (
+            convlens.predict,
+            (run, np.zeros((8, 8), np.uint8)),
+            (
+                *("top_k", "tta", "min_accuracy", "confidence", "prediction_set", "channels"),
+                *("range", "max_pixels", "device"),
+            ),
+        ),
+        (convlens.export, (run,), ("to", "output", "data")),
+        (convlens.compare, (run, run), ("split", "data", "device")),
+        (convlens.diagnose, (run,), ("device",)),
+        (convlens.report, (run,), ("output", "device")),
+        (
+            convlens.look,
+            (run,),
+            (
+                *("layers", "order", "channels", "filters", "top_images", "dream", "attribution"),
+                *("target", "cam_layer", "measure", "embedding", "nearest", "split", "data"),
+                *("max_pixels", "seed", "device"),
+            ),
+        ),
+        (
+            convlens.measure,
+            (run, ["dead"]),
+            ("folder", "device", "split", "data", "layers", "images", "learn_from", "seed"),
+        ),
+    ]
+    for function, arguments, names in calls:
+        for name in names:
+            if is_wrong(name, value):
+                with pytest.raises(ConvlensError):
+                    function(*arguments, **{name: value})
+    for function in (
+        convlens.train,
+        convlens.train_many,
+        convlens.find_label_errors,
+        convlens.evaluate,
+        convlens.export,
+        convlens.diagnose,
+        convlens.report,
+        convlens.look,
+        convlens.measure,
+        Run,
+        Run.load,
+    ):
+        with pytest.raises(ConvlensError):
+            function(value)  # type: ignore[operator]
+    for call in (
+        lambda: convlens.predict(value, "a.png"),
+        lambda: convlens.compare(value, run),
+        lambda: convlens.measure(run, value),
+        lambda: convlens.evaluate(run, value) if value is not None else run.evaluate("all"),
+    ):
+        with pytest.raises(ConvlensError):
+            call()
 
 
 @pytest.mark.figures

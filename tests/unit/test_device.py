@@ -343,3 +343,10 @@ def test_deterministic_training_on_cuda_needs_a_cublas_workspace(
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     device.prepare(True, "cuda")
     assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_devices_are_texts_or_those_of_torch() -> None:
+    assert device.select_device(torch.device("cpu")) == "cpu"
+    for wrong in (0, [], {}, b"cpu", object()):
+        with pytest.raises(UsageError, match="device: an object of type"):
+            device.select_device(wrong)  # type: ignore[arg-type]

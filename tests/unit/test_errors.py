@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from convlens.errors import (
     ConvlensError,
     UsageError,
+    check_count,
+    check_path,
     close_matches,
     closest_match,
     did_you_mean_suffix,
@@ -68,3 +73,20 @@ def test_text_of_an_error_has_place_and_remedy() -> None:
     error = ConvlensError("bad value", where="file.yaml, line 3", fix="change it")
     assert str(error) == "bad value\n  where: file.yaml, line 3\n  do:    change it"
     assert str(ConvlensError("bad value")) == "bad value"
+
+
+def test_arguments_of_other_types_are_usage_errors() -> None:
+    assert check_count("top_k", np.int64(3)) == 3
+    assert check_count("seed", 0, minimum=0) == 0
+    assert check_path("output", Path("a")) == check_path("output", "a") == Path("a")
+    for wrong in (None, 2.0, "2", True, [1], {}, b"1", np.zeros(2)):
+        with pytest.raises(UsageError, match="top_k: an object of type"):
+            check_count("top_k", wrong)
+    with pytest.raises(UsageError, match="top_k=0: must be at least 1"):
+        check_count("top_k", 0)
+    for wrong in (None, 2, True, [1], {}, b"1", np.zeros(2)):
+        with pytest.raises(UsageError, match="output: an object of type"):
+            check_path("output", wrong)
+        with pytest.raises(UsageError, match="schedule: an object of type") as error:
+            lookup({"cosine": 1}, wrong, "schedule")  # type: ignore[arg-type]
+        assert error.value.fix == "choose from: cosine"

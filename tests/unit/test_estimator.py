@@ -16,6 +16,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, MinMaxScaler
+from sklearn.utils.validation import has_fit_parameter
 
 from convlens import ImageClassifier
 from convlens.data.decode import fit_arrays
@@ -219,6 +220,28 @@ def test_invalid_arguments_are_refused(
 ) -> None:
     with pytest.raises((ConvlensError, ValueError), match=message):
         small(**parameters).fit(images, labels)
+
+
+def test_sample_weight_is_refused_and_not_announced() -> None:
+    assert not has_fit_parameter(ImageClassifier(), "sample_weight")
+    with pytest.raises(UsageError, match="fit does not support sample_weight") as error:
+        small().fit(X, Y, sample_weight=np.ones(90))
+    assert "class_weight={label: weight}" in error.value.fix
+    with pytest.raises(UsageError, match="fit does not support epochs"):
+        small().fit(X, Y, epochs=3)
+
+
+@pytest.mark.parametrize("wrong", [3, [1], b"x", np.zeros(2), {"a": 1}, object()])
+@pytest.mark.parametrize(
+    "parameter",
+    ["recipe", "overrides", "epochs", "image_shape", "channels", "val_fraction", "random_state"],
+)
+def test_arguments_of_other_types_are_refused(parameter: str, wrong: Any) -> None:
+    if isinstance(wrong, int) and parameter in ("epochs", "random_state"):
+        return
+    images = X.reshape(90, 64) if parameter == "image_shape" else X
+    with pytest.raises(ConvlensError):
+        ImageClassifier(**{"overrides": TINY, "epochs": 1, parameter: wrong}).fit(images, Y)
 
 
 def test_a_class_with_one_image_is_trained_on(capsys: pytest.CaptureFixture[str]) -> None:

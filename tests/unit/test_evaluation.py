@@ -11,15 +11,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from convlens import Run
 from convlens.data.dataset import load_data
+from convlens.engine import inference
 from convlens.errors import DataError, ModelFileError, UsageError
 from convlens.metrics import wilson_interval
 from convlens.recipe import load_recipe
 from convlens.run import RunDir
-from convlens.uncertainty.calibration import ModelCalibration, ReservedOutputs
-from helpers.commands import COLORS, DIGITS, Done, constant_model, here, picture, pictures, refused
+from convlens.uncertainty.calibration import ModelCalibration, OutlierDetector, ReservedOutputs
+from helpers.commands import (
+    COLORS,
+    DIGITS,
+    Done,
+    brightness_model,
+    constant_model,
+    here,
+    picture,
+    pictures,
+    refused,
+)
 from helpers.shards import tar
 
 CLASSES = ("blue", "green", "red")
@@ -51,6 +63,7 @@ KEYS = {
     "near_ties",
     "own",
     "trained_on",
+    "unlike",
     "macro_f1",
     "macro_f1_interval95",
     "balanced_accuracy",
@@ -471,3 +484,66 @@ def test_promises_are_measured_on_the_split(model: RunDir) -> None:
     assert "for at least 80% accuracy with 95% confidence, 10 of 10 images are answered" in out
     assert "prediction sets for 50% coverage: 30.00% contain the class" in out
     assert here("evaluate", model.path, "--data", root, "--json").json["selective"] is None
+
+
+def test_images_unlike_the_training_images_are_counted_as_predict_marks_them(
+    tmp_path: Path,
+) -> None:
+    run_dir = brightness_model(tmp_path / "models" / "bright")
+    for number, value in enumerate((0, 0, 90, 160, 250)):
+        path = Path("set", "light" if value > 127 else "dark", f"{number}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (value,) * 3).save(path)
+    assert Run(run_dir).evaluate(data="set").unlike is None  # the model cannot tell
+    # Black has the feature 0, which has no direction: its distance to all others is sqrt(2).
+    reference = np.ones((3, 1), np.float16)
+    run_dir.add_calibration(
+        ModelCalibration(detector=OutlierDetector(-1.0, 0.5, 2, reference=reference))
+    )
+    assert sum(bool(each.unlike) for each in Run(run_dir).predict("set")) == 2
+    result = Run(run_dir).evaluate(data="set")
+    expected = {
+        "marked": 2,
+        "share": 0.4,
+        "interval95": list(wilson_interval(2, 5)),
+        "by": "features",
+    }
+    assert result.unlike == expected
+    done = here("evaluate", run_dir.path, "--data", "set")
+    assert (
+        "2 of 5 images (40.0%, 95% interval 11.8% to 76.9%) are marked as unlike the training "
+        "images; about 5% of ordinary images are"
+    ) in done.out
+    assert here("evaluate", run_dir.path, "--data", "set", "--json").json["unlike"] == expected
+    assert run_dir.evaluations()[-1]["unlike"] == expected
+    run_dir.add_calibration(ModelCalibration(detector=OutlierDetector(-1.0)))
+    by_energy = Run(run_dir).evaluate(data="set").unlike
+    assert by_energy is not None
+    assert by_energy["by"] == "energy"
+    predicted = Run(run_dir).predict("set")
+    assert by_energy["marked"] == sum(bool(each.unlike) for each in predicted)
+
+
+def test_scores_are_reduced_in_each_batch(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features of a complete split may need more memory than its images."""
+    expected = Run.load(digits).evaluate("train").unlike
+    assert expected is not None
+    monkeypatch.setattr(inference, "MAX_BATCH", 8)
+    assert Run.load(digits).evaluate("train").unlike == expected
+
+
+def test_deep_images_for_a_model_of_8_bit_images_are_stated(tmp_path: Path) -> None:
+    run_dir = brightness_model(tmp_path / "models" / "bright")
+    for name, value in (("dark", 1000), ("light", 3000)):
+        Path("deep", name).mkdir(parents=True)
+        for number in range(3):
+            Image.fromarray(np.full((8, 8), value, np.uint16)).save(f"deep/{name}/{number}.png")
+    done = here("evaluate", run_dir.path, "--data", "deep", "--json")
+    (line,) = (line for line in done.err.splitlines() if line.startswith("warning:"))
+    assert "6 of 6 images have more than 8 bits per value, the first is " in line
+    assert line.endswith("data.range=[low, high] sets the values that become black and white")
+    assert done.json["accuracy"] == 0.5  # 3000 of 65,535 is dark
+    done = here("evaluate", run_dir.path, "--data", "deep", "data.range=[0,4095]", "--json")
+    assert "warning" not in done.err
+    assert done.json["accuracy"] == 1
+    refused(here("evaluate", run_dir.path, "--data", "deep", "data.fit=pad"), 2, "can't be changed")

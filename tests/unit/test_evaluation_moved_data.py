@@ -14,8 +14,10 @@ import pytest
 import convlens
 from convlens import Run
 from convlens.analysis import compare as analysis_compare
+from convlens.data import dataset
 from convlens.evaluation import Evaluation, sentence
-from convlens.run import RunDir
+from convlens.model_export import sample_images
+from convlens.run import RunDir, load_model
 from convlens.training.resolve import resolve_recipe_or_run
 from helpers.commands import COLORS, constant_model, here, pictures, refused
 
@@ -188,3 +190,56 @@ def test_a_comparison_that_fails_uses_no_test_split(
     with pytest.raises(ZeroDivisionError):
         convlens.compare("moved", "twin", data="new/place")
     assert len(run.evaluation_log()) == 1
+
+
+def test_the_list_of_the_runs_images_is_read_once(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures(Path("new/place"), {"red": 3}, first=800)
+    read = list[Path]()
+    original = dataset._read_image_list
+    monkeypatch.setattr(
+        dataset, "_read_image_list", lambda path: read.append(path) or original(path)
+    )
+    result = convlens.evaluate(run, data="new/place")
+    assert result.trained_on > 0
+    assert read == [run.path / "images.csv.gz"]
+
+
+def test_keys_and_classes_settle_how_the_other_set_is_read(run: RunDir) -> None:
+    """`evaluate`, `compare`, `look` and `export` read the same set in the same way."""
+    shutil.copytree(run.path, "models/twin")
+    photos = pictures(Path("photos"), dict.fromkeys(COLORS, 4), first=300)
+    lines = [f"{p.relative_to(photos)},{p.parent.name}" for p in sorted(photos.rglob("*.png"))]
+    Path("list.csv").write_text("\n".join(["file,kind", *lines]))
+    keys = ("data.path_column=file", "label_column=kind", "data.images=photos")
+    got = here("evaluate", "moved", "--data", "list.csv", *keys, "--json")
+    assert got.json["n"] == 12, got.err
+    compared = here("compare", "moved", "twin", *keys, "--data", "list.csv", "--json")
+    assert compared.code == 0, compared.err
+    assert [each["runs"][0]["n"] for each in compared.json["groups"]] == [12, 12]
+    looked = here("look", "moved", "class:red:2", *keys, "--data", "list.csv", "--json")
+    assert looked.code == 0, looked.err
+    assert [each["name"] for each in looked.json["images"]] == ["list.csv:8", "list.csv:9"]
+    measured = here("look", "moved", *keys, "--data", "list.csv", "--measure", "dead", "--json")
+    assert measured.code == 0, measured.err
+    assert measured.json["measures"]["networks"][0]["n"] == 12 // 5
+    options = ("--to", "torch", "-o", "m.pt2", "--json")
+    exported = here("export", "moved", *keys, "--data", "list.csv", *options)
+    assert exported.code == 0, exported.err
+    assert exported.json["exports"][0]["proof"]["images"] == 12
+    for command in (["compare", "moved", "twin"], ["look", "moved"], ["export", "moved"]):
+        refused(here(*command, "data.images=photos"), 2, "these keys say how to read", "--data")
+        refused(here(*command, "--data", "list.csv", "data.imges=x"), 2, "data.imges")
+
+
+def test_the_models_classes_settle_an_ambiguous_folder(tmp_path: Path) -> None:
+    """`odd/test` and `odd/train` look like splits, but they are the classes of the model."""
+    classes = ("test", "train")
+    run_dir = constant_model(tmp_path / "models" / "odd", [0.0, 1.0], classes)
+    pictures(Path("odd"), dict.fromkeys(classes, 3))
+    for command in (["evaluate", run_dir.path], ["look", run_dir.path, "--measure", "dead"]):
+        done = here(*command, "--data", "odd", "--json")
+        assert done.code == 0, done.err
+    images, source = sample_images(run_dir, load_model(run_dir.model_path), "odd")
+    assert (len(images), source) == (6, "images of 'odd'")

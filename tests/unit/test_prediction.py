@@ -307,13 +307,93 @@ def test_grey_images_of_every_type_have_the_prediction_of_their_file(model: RunD
     deep = pixels.astype(np.uint16) * 257
     Image.fromarray(deep).save("deep.png")
     (expected,) = run.predict(path, top_k=2)
-    assert run.predict("deep.png", top_k=2)[0].top == expected.top
+    with pytest.warns(UserWarning, match="the first is deep.png"):
+        assert run.predict("deep.png", top_k=2)[0].top == expected.top
     for form in (pixels, pixels[None], pixels[..., None], pixels[None, :, :, None]):
         assert run.predict(form, top_k=2)[0].top == expected.top
     assert run.predict(deep, range=(0, 65535), top_k=2)[0].top == expected.top
     assert run.predict(deep // 257 * 16, range=(0, 4080), top_k=2)[0].top == expected.top
     with pytest.raises(UsageError, match="range of uint16 images"):
         run.predict(deep)
+
+
+def test_deep_files_for_a_model_of_8_bit_images_give_one_warning(model: RunDir) -> None:
+    run = Run(model)
+    pixels = np.random.default_rng(0).integers(0, 4096, (11, 11), np.uint16)
+    Image.fromarray(pixels).save("deep.png")
+    Image.fromarray(pixels.astype(np.float32)).save("deep.tif")
+    picture(Path("plain.png"), DARK)
+    names = ["plain.png", "deep.png", "deep.tif"]
+    with pytest.warns(UserWarning, match="more than 8 bits") as caught:
+        run.predict(names)
+    (warning,) = caught
+    assert str(warning.message).startswith(
+        "2 of 3 images have more than 8 bits per value, the first is deep.png; "
+    )
+    assert "range=(low, high) gives the values" in str(warning.message)
+    done = here("predict", model.path, *names)
+    assert done.code == 0
+    (line,) = (line for line in done.err.splitlines() if line.startswith("warning:"))
+    assert "2 of 3 images" in line
+    assert "--range LOW,HIGH" in line
+    # With a range every form of the same values has the same prediction, and nothing is warned of.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forms = [*names[1:], Image.open("deep.png"), pixels, pixels.astype(np.float64)]
+        tops = [run.predict(form, range=(0, 4095), top_k=2)[0].top for form in forms]
+        assert run.predict("plain.png", range=(0, 4095)) == run.predict("plain.png")
+    assert tops == [tops[0]] * 5
+    done = here("predict", model.path, *names, "--range", "0,4095", "--json")
+    assert "warning" not in done.err
+    probs = [each["prob"] for each in done.json["predictions"]]
+    assert probs[1:] == [pytest.approx(tops[0][0][1], abs=1e-6)] * 2
+    refused(here("predict", model.path, "deep.png", "--range", "4095"), 2, "is not a range")
+
+
+def test_values_that_are_not_numbers_are_black_in_files_and_arrays(model: RunDir) -> None:
+    values = np.full((8, 8), 30, np.float32)
+    values[:2] = np.nan
+    Image.fromarray(values).save("hole.tif")
+    run, outcomes = Run(model), []
+    black = np.where(np.isnan(values), 20, values)
+    (expected,) = run.predict(black, range=(20, 30), top_k=2)
+    for form in ("hole.tif", Image.open("hole.tif"), values, values[None, None]):
+        with pytest.warns(UserWarning, match=r"1 of 1 images have .* NaN or infinite \(25.0% of"):
+            outcomes.append(run.predict(form, range=(20, 30), top_k=2)[0].top)
+    assert outcomes == [expected.top] * 4
+    with pytest.warns(UserWarning, match="NaN"):
+        by_transform = run.transform("hole.tif", range=(20, 30))
+    assert torch.equal(by_transform, run.transform(black, range=(20, 30)))
+    with pytest.raises(UsageError, match=r"must be finite; 25.0% are NaN or infinite"):
+        run.predict(values / 30)
+    with pytest.raises(UsageError, match=r"must be finite; 100.0%"):
+        run.predict(np.full((8, 8), np.nan), range=(0, 1))
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save("nothing.tif")
+    (prediction,) = run.predict("nothing.tif")
+    assert prediction.error == "none of its values is finite (all are NaN or infinity)"
+
+
+def test_the_limit_of_pixels_can_be_changed(model: RunDir) -> None:
+    loaded = load_model(model.model_path)
+    loaded.preprocessing = replace(loaded.preprocessing, max_pixels=100)
+    predictor = Predictor(loaded)
+    picture(Path("a.png"), LIGHT, size=11)
+    (refusal,) = predictor.predict("a.png")
+    assert refusal.error == (
+        "more than 100 pixels are refused (11 x 11); to raise the limit, set data.max_pixels, or "
+        "--max-pixels of predict and look"
+    )
+    assert predictor.predict("a.png", max_pixels=121)[0].label == "light"
+    assert predictor.predict(Image.open("a.png"), max_pixels=121)[0].label == "light"
+    assert predictor.transform("a.png", max_pixels=121).shape == (3, 8, 8)
+    assert Run(model).predict("a.png", max_pixels=120)[0].error is not None
+    refused(here("predict", model.path, "a.png", "--max-pixels", "120"), 3, "1 of 1 files")
+    assert here("predict", model.path, "a.png", "--max-pixels", "121").code == 0
+    refused(here("look", model.path, "a.png", "--max-pixels", "120"), 3, "more than 120 pixels")
+    assert here("look", model.path, "a.png", "--max-pixels", "121").code == 0
+    for wrong in (0, -1, 2.5, "many"):
+        with pytest.raises(UsageError, match="max_pixels"):
+            predictor.predict("a.png", max_pixels=wrong)  # type: ignore[arg-type]
 
 
 def test_views_and_read_only_arrays_are_used_without_warnings(model: RunDir) -> None:
@@ -600,6 +680,13 @@ def test_unsure_images_have_no_label(model: RunDir) -> None:
     assert (sure.label, sure.unsure) == ("light", False)
     assert (unsure.label, unsure.prob, unsure.unsure) == (None, None, True)
     assert unsure.top[0][0] == "light"
+    for share in ("90%", "0.9", np.float32(0.9)):
+        assert run.predict(grays(250, 130), min_accuracy=share) == [sure, unsure]
+    for wrong in ("often", 90, True, None, [0.9]):
+        for name in ("min_accuracy", "confidence", "prediction_set"):
+            if wrong is not None or name == "confidence":
+                with pytest.raises(UsageError, match=name):
+                    run.predict(grays(250), **{"min_accuracy": 0.9, name: wrong})
     assert not any(each.unsure for each in run.predict(grays(250, 130)))
     # 90% confidence after 100 correct ones is less than 99.9%.
     with pytest.raises(UsageError, match="this model has 100"):

@@ -253,6 +253,9 @@ def test_names_of_other_tools_belong_to_keys_and_are_no_keys() -> None:
         ("optim.nesterov=maybe", "must be true or false"),
         ("data.fit=squeeze", "data.fit='squeeze': must be auto, crop, pad or stretch"),
         ("data.range=[1]", "data.range=[1]: must be two numbers in brackets or auto"),
+        ("data.range=4095", "data.range=4095: must be two numbers in brackets or auto"),
+        ("data.range=0..many", "must be two numbers in brackets or auto"),
+        ("data.range=4095..0", "must be smaller"),
         ("optim.betas=0.9", "must be two numbers in brackets"),
         ("optim.betas=[0.9, 2]", "optim.betas.1=2: must be less than 1"),
         ("data.background=pink", "must be auto, alpha, white, black, grey or #rrggbb"),
@@ -633,6 +636,30 @@ def test_digests_of_earlier_versions_had_crop_as_the_default() -> None:
 def test_invalid_conversions_are_refused(override: str, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         recipe.load_recipe("folder", [override])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[0, 4095]",
+        "0..4095",
+        "0-4095",
+        "0,4095",
+        "0:4095",
+        "(0; 4095)",
+        "0 to 4095",
+        "0.0...4.095e3",
+    ],
+)
+def test_a_value_range_is_read_as_people_write_it(text: str) -> None:
+    loaded = recipe.load_recipe("folder", [f"data.range={text}"])
+    assert loaded.data.range == (0.0, 4095.0)
+    assert loaded.digest() == recipe.load_recipe("folder", ["data.range=[0, 4095]"]).digest()
+
+
+def test_a_value_range_may_be_negative() -> None:
+    for text in ("-1000..-0.5", "-1000 - -.5", "-1e3,-0.5"):
+        assert recipe.load_recipe("folder", [f"data.range={text}"]).data.range == (-1000.0, -0.5)
 
 
 def test_the_conversion_is_recorded_where_the_recipe_says_auto() -> None:

@@ -27,13 +27,14 @@ from convlens.errors import ConvlensError, DataError, ModelFileError, UsageError
 from convlens.evaluation import (
     EvalSplit,
     Evaluation,
+    check_data,
     check_split,
     evaluate_split,
     load_eval_split,
     log_evaluation,
     split_hash,
 )
-from convlens.recipe import Recipe
+from convlens.recipe import DataConfig, Recipe
 from convlens.run import (
     PLOTS_DIR,
     LoadedModel,
@@ -409,7 +410,7 @@ class Comparison:
 def compare(
     *runs: RunLike,
     split: str | None = None,
-    data: str | Path | None = None,
+    data: str | Path | DataConfig | None = None,
     force: bool = False,
     device: str | None = None,
     quiet: bool = True,
@@ -421,7 +422,8 @@ def compare(
             in their seeds form one group.
         split: `test` (by default), `val` or `train`. It is logged as an evaluation of each run. Of
             another data set without splits all images are used.
-        data: evaluate all runs on another data set.
+        data: evaluate all runs on another data set; may be a data section of a recipe with the
+            keys to read it.
         force: continue if images or classes differ; then nothing is tested.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
         quiet: show no progress.
@@ -435,6 +437,7 @@ def compare(
         >>> convlens.compare("resnet18", "resnet18-noaug").verdicts[0].sentence
     """
     split = None if split is None else check_split(split)
+    check_data(data)
     run_dirs = _open_runs(runs)
     device = select_device(device)
     with quiet_mode(quiet):
@@ -530,7 +533,7 @@ class _OpenedRun:
 def _open_images(
     run_dirs: Sequence[RunDir],
     split: str | None,
-    data: str | Path | None,
+    data: str | Path | DataConfig | None,
     device: str,
     *,
     recognize: bool = True,
@@ -598,7 +601,9 @@ def _evaluate_run(run: _OpenedRun, device: str) -> Candidate:
     run_dir = run.run_dir
     loaded = load_model(run_dir.model_path)
     print_status(f"evaluating [bold]{escape(run_dir.name)}[/]")
-    result = evaluate_split(run_dir, loaded, run.eval_split, device, draw=False)
+    result = evaluate_split(
+        run_dir, loaded, run.eval_split, device, measure_unlike=False, draw=False
+    )
     pre = loaded.preprocessing
     shape = (pre.channels, pre.image_size, pre.image_size)
     return Candidate(

@@ -34,9 +34,17 @@ from convlens.data.sources import find_configured_source
 from convlens.data.types import DataSource, EncodedFiles, FilePaths, Part
 from convlens.device import memory_budget, preserve_torch_settings, select_device
 from convlens.engine.inference import place_model, probabilities, split_logits
-from convlens.errors import UsageError
+from convlens.errors import UsageError, check_count
 from convlens.recipe import DataConfig, Recipe
-from convlens.run import PLOTS_DIR, LoadedModel, RunDir, RunHandle, as_run_dir, load_model
+from convlens.run import (
+    PLOTS_DIR,
+    LoadedModel,
+    RunDir,
+    RunHandle,
+    as_run_dir,
+    check_run_name,
+    load_model,
+)
 from convlens.training import resolve
 from convlens.training.repeats import train_many
 from convlens.utils import files
@@ -204,6 +212,8 @@ def find_label_errors(
     if isinstance(what, RunDir | RunHandle):
         run_dir = as_run_dir(what)
         what = run_dir.model_path if run_dir.model_path.is_file() else run_dir.path
+    check_run_name(name)
+    check_count("folds", folds, minimum=0)
     texts = resolve.override_texts(overrides)
     resolved = resolve.resolve_recipe_or_run(what, data=data, overrides=texts)
     if folds < 2:

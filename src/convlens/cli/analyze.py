@@ -18,7 +18,9 @@ from convlens.cli.common import (
     RunArgument,
     Split,
     app,
+    parse_data,
     print_json,
+    split_data_keys,
 )
 from convlens.cli.results import make_table, stdout_console
 from convlens.utils.console import print_status
@@ -60,7 +62,10 @@ LOW_AGREEMENT_WARNING = (
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN RUN...", help="Names or folders of runs, or model files."),
+        typer.Argument(
+            metavar="RUN RUN... [KEY=VALUE]...",
+            help="Names or folders of runs, or model files; then how to read DATA.",
+        ),
     ],
     split: Split = None,
     data: DataOption = None,
@@ -83,11 +88,18 @@ def compare(
     Examples:
         convlens compare resnet18 resnet18-noaug
         convlens compare resnet18 resnet18-noaug --split val
+        convlens compare resnet18 resnet18-noaug --data new.csv data.images=photos
     """
     from convlens.analysis import compare as analysis_compare
 
+    names, keys = split_data_keys(runs)
     result = analysis_compare.compare(
-        *runs, split=split, data=data, force=force, device=device, quiet=False
+        *names,
+        split=split,
+        data=parse_data(data, keys),
+        force=force,
+        device=device,
+        quiet=False,
     )
     if not as_json:
         print_comparison(result)

@@ -8,16 +8,21 @@ import inspect
 import io
 import json
 import math
+import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 import typer.core
 
 from convlens.errors import UsageError, did_you_mean_suffix, lookup
 from convlens.utils import options
+
+if TYPE_CHECKING:
+    from convlens.recipe import DataConfig
 
 # The commands in the order of `convlens --help`, by panel.
 PANELS = {
@@ -285,6 +290,15 @@ PredictionSetOption = Annotated[
         help="Sets of classes that contain the true one for this share of images, e.g. 90%.",
     ),
 ]
+MaxPixelsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Refuse image files with more pixels; by default the limit of the training, mostly "
+        "89 million.",
+    ),
+]
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="Name or folder of a run, or a model file.")
 ]
@@ -317,18 +331,44 @@ Figures = Annotated[
 ]
 
 
-def parse_share(option: str, text: str | None) -> float | None:
+# Beside `--data`, in commands that name one run.
+DataKeysArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="How to read DATA, e.g. data.images=photos"),
+]
+_DATA_KEY = re.compile(r"(data\.)?[a-z_]+=")
+
+
+def split_data_keys(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split arguments into names (of runs or images) and `KEY=VALUE` texts for `--data`."""
+    is_key = [bool(_DATA_KEY.match(each)) and not os.path.exists(each) for each in arguments]
+    names = [each for each, key in zip(arguments, is_key, strict=True) if not key]
+    return names, [each for each, key in zip(arguments, is_key, strict=True) if key]
+
+
+def parse_data(data: str | None, keys: Sequence[str] | None) -> DataConfig | str | None:
+    """Return the data set of `--data`, with the keys that say how to read it.
+
+    Raises:
+        UsageError: keys without `--data`, or unknown ones.
+    """
+    if not keys:
+        return data
+    if data is None:
+        raise UsageError(
+            f"{keys[0]}: these keys say how to read the data set of --data",
+            fix="add --data DATA",
+        )
+    from convlens.training import resolve  # imports torch
+
+    return resolve.resolve_data_config(data, keys)
+
+
+def parse_share_option(option: str, text: str | None) -> float | None:
     """Return a share that is given as `95%` or `0.95`; None for None."""
-    if text is None:
-        return None
-    number = text.strip()
-    try:
-        share = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
-    except ValueError:
-        share = math.nan
-    if not 0 < share < 1:
-        raise UsageError(f"{option} {text}: not between 0% and 100%", fix=f"e.g. {option} 95%")
-    return share
+    from convlens.uncertainty.calibration import parse_share  # imports torch
+
+    return None if text is None else parse_share(option, text)
 
 
 def split_commas(text: str | None) -> list[str]:

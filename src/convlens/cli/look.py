@@ -13,9 +13,12 @@ from convlens.cli.common import (
     DeviceOption,
     Figures,
     JsonOption,
+    MaxPixelsOption,
     app,
+    parse_data,
     print_json,
     split_commas,
+    split_data_keys,
 )
 from convlens.cli.results import make_table, stdout_console
 from convlens.utils.console import print_status
@@ -49,9 +52,9 @@ MEASURE_HEADINGS = {
 NetworksArgument = Annotated[
     list[str],
     typer.Argument(
-        metavar="RUN... [IMAGE]...",
+        metavar="RUN... [IMAGE]... [KEY=VALUE]...",
         help="Runs, or networks of torchvision or timm (NAME[:WEIGHTS]); then images: files, "
-        "test:17, worst:5, class:NAME:3.",  # rich would turn :cat: into an emoji
+        "test:17, worst:5, class:NAME:3; then how to read DATA, e.g. data.images=photos.",
     ),
 ]
 LayersOption = Annotated[
@@ -198,6 +201,7 @@ def look(
     nearest: NearestOption = 0,
     split: SplitOption = None,
     data: DataOption = None,
+    max_pixels: MaxPixelsOption = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed for random choices.")] = 0,
     device: DeviceOption = None,
     figures: Figures = None,
@@ -212,9 +216,12 @@ def look(
         convlens look RUN --filters first
         convlens look RUN test:17 --attribution all
         convlens look RUN OTHER --measure all
+        convlens look RUN worst:3 --data new.csv data.images=photos
     """
     from convlens.interpret import inputs, look as interpret_look
 
+    names, keys = split_data_keys(names)
+    dataset = parse_data(data, keys)
     options = interpret_look.LookOptions(
         layers=split_commas(layers),
         order=order,
@@ -231,11 +238,18 @@ def look(
         embedding=split_commas(embedding),
         nearest=nearest,
         split=split,
-        data=data,
+        data=dataset,
+        max_pixels=max_pixels,
         seed=seed,
     )
     options.check(names)
-    opened = inputs.open_look_inputs(names, device=device, examples=options.needs_images, data=data)
+    opened = inputs.open_look_inputs(
+        names,
+        device=device,
+        examples=options.needs_images,
+        data=dataset,
+        max_pixels=max_pixels,
+    )
     result = interpret_look.look(opened, options)
     if not as_json:
         print_look(result)

@@ -93,8 +93,8 @@ def print_evaluation(result: Evaluation, run_dir: RunDir) -> None:
     out.print(evaluation.sentence(result.to_dict()))
     if result.tta is not None:
         out.print(result.tta_sentence())
-    for line in (result.selective_sentence(), result.sets_sentence()):
-        if line:
+    for sentence in (result.selective_sentence, result.sets_sentence, result.unlike_sentence):
+        if line := sentence():
             out.print(line)
     _print_plots_folder(out, run_dir)
 

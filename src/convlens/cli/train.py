@@ -18,10 +18,12 @@ from convlens.cli.common import (
     DATA_HELP,
     Command,
     ConfidenceOption,
+    DataKeysArgument,
     DataOption,
     DeviceOption,
     Figures,
     JsonOption,
+    MaxPixelsOption,
     MinAccuracyOption,
     OverridesArgument,
     PredictionSetOption,
@@ -29,7 +31,8 @@ from convlens.cli.common import (
     Split,
     TtaOption,
     app,
-    parse_share,
+    parse_data,
+    parse_share_option,
     print_json,
     split_commas,
 )
@@ -38,7 +41,6 @@ from convlens.utils.console import print_status
 
 if TYPE_CHECKING:  # these import torch, which `--help` must not wait for
     from convlens.data.audit import Audit
-    from convlens.recipe import DataConfig
     from convlens.training.repeats import RunOutcome, RunResults, VariantSummary
 
 Row = dict[str, str]
@@ -146,10 +148,7 @@ def train(
 @app.command(cls=Command)
 def evaluate(
     run: RunArgument,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="How to read DATA, e.g. data.images=photos"),
-    ] = None,
+    keys: DataKeysArgument = None,
     split: Split = None,
     data: DataOption = None,
     tta: TtaOption = None,
@@ -179,27 +178,17 @@ def evaluate(
     """
     from convlens import evaluation
     from convlens.cli.results import print_evaluation
-    from convlens.errors import UsageError
     from convlens.run import find_run
-    from convlens.training import resolve
 
     run_dir = find_run(run)
-    config: DataConfig | str | None = data
-    if overrides:
-        if data is None:
-            raise UsageError(
-                f"{overrides[0]}: these keys say how to read the data set of --data",
-                fix="add --data DATA",
-            )
-        config = resolve.resolve_data_config(data, overrides)
     result = evaluation.evaluate(
         run_dir,
         split,
-        data=config,
+        data=parse_data(data, keys),
         tta=tta,
-        min_accuracy=parse_share("--min-accuracy", min_accuracy),
-        confidence=parse_share("--confidence", confidence) or 0.95,
-        prediction_set=parse_share("--prediction-set", prediction_set),
+        min_accuracy=parse_share_option("--min-accuracy", min_accuracy),
+        confidence=parse_share_option("--confidence", confidence) or 0.95,
+        prediction_set=parse_share_option("--prediction-set", prediction_set),
         device=device,
         quiet=False,
     )
@@ -228,6 +217,16 @@ def predict(
     min_accuracy: MinAccuracyOption = None,
     confidence: ConfidenceOption = "95%",
     prediction_set: PredictionSetOption = None,
+    value_range: Annotated[
+        str | None,
+        typer.Option(
+            "--range",
+            metavar="LOW,HIGH",
+            help="Values of 16-bit, 32-bit and float images that become black and white; by "
+            "default those of the training.",
+        ),
+    ] = None,
+    max_pixels: MaxPixelsOption = None,
     device: DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Same as --format json.")] = False,
 ) -> None:
@@ -256,6 +255,11 @@ def predict(
     inference.select_views(tta)  # report a typo before anything is read or written
     loaded = onnx_model.load_model_or_onnx(find_run(run).model_path)
     loaded.select_device(device)  # likewise
+    reader = prediction.ImageReader(
+        loaded.preprocessing.conversion,
+        value_range=None if value_range is None else value_range.strip("[]() ").split(","),
+        max_pixels=max_pixels,
+    )
     named = [path for path in paths or () if path != "-"]
     from_stdin = inputs_from_stdin(_read_stdin()) if not paths or "-" in paths else []
     inputs = collect_inputs([*named, *from_stdin])
@@ -263,14 +267,14 @@ def predict(
         raise UsageError("no image was named: standard input is empty", fix=PREDICT_EXAMPLE)
     promises = Promises.of(
         loaded.calibration,
-        parse_share("--min-accuracy", min_accuracy),
-        parse_share("--confidence", confidence) or 0.95,
-        parse_share("--prediction-set", prediction_set),
+        parse_share_option("--min-accuracy", min_accuracy),
+        parse_share_option("--confidence", confidence) or 0.95,
+        parse_share_option("--prediction-set", prediction_set),
     )
     if promises.answer_from == math.inf:
         print_status("no confidence keeps this promise on the held-out images: all are unsure")
     predictions = prediction.iter_predictions(
-        loaded, inputs, top_k=top, tta=tta, promises=promises, device=device
+        loaded, inputs, top_k=top, tta=tta, promises=promises, reader=reader, device=device
     )
     columns = PredictionColumns(
         top,
@@ -280,6 +284,8 @@ def predict(
         unlike=loaded.calibration.detector is not None,
     )
     failed = write(predictions, columns)
+    for note in reader.notes("--range LOW,HIGH gives the values that become black and white"):
+        print_status(escape(note))
     if failed:
         others = "; the others were classified" if failed < len(inputs) else ""
         raise DataError(
@@ -303,6 +309,7 @@ def _read_stdin() -> bytes:
 @app.command(cls=Command)
 def export(
     run: RunArgument,
+    keys: DataKeysArgument = None,
     to: Annotated[
         list[str] | None, typer.Option(metavar="onnx|torch", help="Formats, separated by commas.")
     ] = None,
@@ -326,6 +333,7 @@ def export(
     Examples:
         convlens export digits
         convlens export digits --to onnx,torch
+        convlens export digits --data new.csv data.images=photos
         convlens predict models/digits/model.onnx a.png
     """
     from convlens import model_export
@@ -334,7 +342,9 @@ def export(
 
     formats = split_commas(",".join(to or ["onnx"]))
     run_dir = find_run(run)
-    exports = model_export.export(run_dir, formats, output=output, data=data, quiet=False)
+    exports = model_export.export(
+        run_dir, formats, output=output, data=parse_data(data, keys), quiet=False
+    )
     if not as_json:
         print_exports(exports)
     print_json(as_json, {"run": run_dir.name, "exports": [each.to_dict() for each in exports]})

@@ -46,8 +46,13 @@ def as_array(value: Any) -> Array:
     """Return an array or tensor as a NumPy array, which may share its memory.
 
     Raises:
-        UsageError: it can't be converted.
+        UsageError: it can't be converted, or values are masked.
     """
+    if np.ma.is_masked(value):
+        raise UsageError(
+            "an array with masked values is not an image",
+            fix="give these pixels a value: array.filled(0)",
+        )
     try:
         if isinstance(value, torch.Tensor):
             value = value.detach().cpu()
@@ -143,7 +148,8 @@ def _possible_layouts(shape: tuple[int, ...], channels: str | None) -> list[str]
         layouts.append("HWC" if len(shape) == 3 else "NHWC")
     if first in CHANNEL_COUNTS:
         layouts.append("CHW" if len(shape) == 3 else "NCHW")
-    is_grey_batch = last not in CHANNEL_COUNTS or last == middle or channels == "none"
+    # Two values are gray and alpha, which is not supported, rather than a width.
+    is_grey_batch = last not in (2, *CHANNEL_COUNTS) or last == middle or channels == "none"
     if len(shape) == 3 and is_grey_batch:
         layouts.append("NHW")
     return layouts
@@ -170,7 +176,7 @@ def to_uint8(
     """Return images `[N, C, H, W]` of any type as contiguous uint8.
 
     Booleans become 0 and 255. uint8, and wider integers within 0..255, are kept. Floats in 0..1
-    are scaled and rounded. All other values need a range.
+    are scaled and rounded. All other values need a range, in which NaN becomes 0.
 
     Args:
         value_range: the values that become 0 and 255, given by the caller; applies to all types.
@@ -180,18 +186,19 @@ def to_uint8(
         where: name of the array in errors.
 
     Raises:
-        UsageError: not numbers, not finite, or values whose range is unknown.
+        UsageError: not numbers, values whose range is unknown, NaN without a range, or an image
+            without a finite value.
     """
     kind = array.dtype
     if kind.kind == "b":
         return np.ascontiguousarray(array * np.uint8(255))
     if kind.kind not in "uif":
         raise UsageError(f"images must be numbers, not {kind}", where=where)
-    if kind.kind == "f" and not np.isfinite(array).all():
-        raise UsageError("image values must be finite, not NaN or infinite", where=where)
     if kind == np.uint8 and value_range is None:
         return np.ascontiguousarray(array)
     value_range = check_range(value_range) or stored_range
+    if kind.kind == "f":
+        _check_finite(array, where, has_range=value_range is not None)
     if value_range is not None:
         if array.shape[1] == 4:
             raise UsageError(
@@ -209,6 +216,22 @@ def to_uint8(
         f"the range of {kind} images with values from {low:g} to {high:g} is not known",
         where=where,
         fix=_scaling_advice(kind, float(low), float(high), accepts_range),
+    )
+
+
+def _check_finite(array: Array, where: str, *, has_range: bool) -> None:
+    """Refuse NaN and infinities where no range says what they become, and images of nothing else.
+
+    Args:
+        array: Floats `[N, C, H, W]`.
+    """
+    finite = np.isfinite(array)
+    if finite.all() or (has_range and finite.any(axis=(1, 2, 3)).all()):
+        return
+    raise UsageError(
+        f"image values must be finite; {1 - finite.mean():.1%} are NaN or infinite",
+        where=where,
+        fix="replace them by a number, e.g. with numpy.nan_to_num",
     )
 
 

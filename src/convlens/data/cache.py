@@ -40,7 +40,7 @@ import torch
 from rich.markup import escape
 from torch import Tensor
 
-from convlens.data.decode import VERSION, Conversion, Pixels, UnreadableImage
+from convlens.data.decode import NAN_REFUSED, VERSION, Conversion, Pixels, UnreadableImage
 from convlens.data.loader import RowReader
 from convlens.data.types import EncodedFiles, ImageSource, IndexArray, raise_if_transient
 from convlens.device import usable_cores
@@ -426,6 +426,8 @@ def _open_store(
     except CorruptError:
         return None
     bad = {int(i): str(reason) for i, reason in facts["bad"].items()}
+    if any(NAN_REFUSED in reason for reason in bad.values()):
+        return None  # of an earlier version; this one can read these images
     digests_bytes = _SHA256_BYTES * shape[0]
     digests = np.frombuffer(tail, np.uint8, digests_bytes).reshape(-1, _SHA256_BYTES)
     decoded = DecodedRows(files, digests, conversion, usable_cores())

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from convlens.data.layout import Problem, list_examples
 from convlens.data.types import DataSource, Part
 from convlens.errors import DataError, UsageError, close_matches, closest_match, did_you_mean
 
@@ -48,6 +49,26 @@ _LOOK_ALIKES = {
     "κ": "k",
 }
 _NUMBER = re.compile(r"[+-]?\d+(\.0*)?")
+# What pandas, Python, SQL and spreadsheets write for a missing value.
+_MISSING = frozenset(
+    (
+        "",
+        "nan",
+        "NaN",
+        "NAN",
+        "-nan",
+        "None",
+        "null",
+        "NULL",
+        "Null",
+        "N/A",
+        "n/a",
+        "#N/A",
+        "NA",
+        "<NA>",
+    )
+)
+_MAYBE_MISSING = frozenset({"none", "na", "nil", "-", "?", "unlabeled", "unlabelled", "undefined"})
 MAX_LISTED_NAMES = 8
 
 
@@ -67,6 +88,22 @@ def _skeleton(name: str) -> str:
     folded = fold_class_name(unicodedata.normalize("NFKC", name))
     folded = "".join(_LOOK_ALIKES.get(letter, letter) for letter in folded)
     return re.sub(r"[\s_-]+", "", folded) or folded
+
+
+def is_missing_label(label: str) -> bool:
+    """Return whether a label is empty, or what programs write for a missing value (`nan`)."""
+    return label in _MISSING
+
+
+def may_be_missing_label(label: str) -> bool:
+    """Return whether people write this for a missing label, although it may be a class (`none`)."""
+    return label.casefold() in _MAYBE_MISSING
+
+
+def sort_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """Return class names in order: by number if all are numbers, else by name."""
+    names = sorted(names)
+    return tuple(sorted(names, key=int) if all(map(str.isdecimal, names)) else names)
 
 
 def similar_class_names(names: Iterable[str]) -> list[list[str]]:
@@ -146,6 +183,20 @@ def check_renamed(rename: Mapping[str, str], classes: Iterable[str]) -> None:
             f"data.rename: no class {unknown[0]!r}",
             fix=close or f"the classes are: {', '.join(classes[:12])}",
         )
+
+
+def unknown_classes(split: str, unknown: Sequence[str], classes: Sequence[str]) -> Problem:
+    """Return the problem that classes of a split are not among those of the training split."""
+    message = f"classes in {split} that train lacks"
+    are_numbers = all(map(str.isdecimal, unknown)) and not any(map(str.isdecimal, classes))
+    if not unknown or not classes or not are_numbers:
+        return Problem(message, unknown)
+    found = f"{list_examples(unknown)} (numbers; train has names: {list_examples(classes)})"
+    fix = (
+        "which number means which name is not known: write the names into the list, or give them "
+        f"all, e.g. {format_rename(unknown[0], classes[0])}"
+    )
+    return Problem(message, [found], fix)
 
 
 def rename_classes(source: DataSource, rename: Mapping[str, str]) -> DataSource:

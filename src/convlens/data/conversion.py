@@ -32,6 +32,7 @@ from convlens.data.decode import (
     scale_to_uint8,
 )
 from convlens.data.types import EncodedFiles, ImageSource, IndexArray, raise_if_transient
+from convlens.errors import UsageError
 
 if TYPE_CHECKING:
     from convlens.recipe import DataConfig
@@ -118,7 +119,7 @@ def choose_conversion(
         native, size = NativeImages(height, channels), [(width, height)]
         conversion = known or _resolve(config, size, native, height, choose_size)
         return ConversionChoice(conversion, native, kept_area(size, conversion.fit))
-    headers = _probe(images, config.max_pixels or MAX_PIXELS)
+    headers = list(_probe(images, config.max_pixels or MAX_PIXELS).values())
     sizes = [(header.width, header.height) for header in headers] or [(32, 32)]
     shows_alpha = config.background == ALPHA
     is_grey = [header.grey or (shows_alpha and header.alpha) for header in headers]
@@ -132,8 +133,12 @@ def choose_conversion(
     notes = _fit_notes(config.fit, conversion.fit, sizes)
     is_deep = [header.deep for header in headers]
     if any(is_deep):
-        if config.range == "auto":
-            conversion = replace(conversion, value_range=pixels.find_range(notes))
+        has_floats = any(header.mode == "F" for header in headers)
+        if config.range == "auto" or has_floats:
+            values = pixels.deep_values()
+            notes += not_finite_notes(values, "training images")
+            if config.range == "auto":
+                conversion = replace(conversion, value_range=_find_range(values, notes))
         if not all(is_deep):
             notes.append(
                 "images of 8 bits and of more bits are mixed: the values of 8-bit images are kept, "
@@ -227,16 +232,121 @@ def _resolve(
     )
 
 
-def _probe(files: EncodedFiles, max_pixels: int) -> list[ImageFacts]:
-    """Return the headers of up to 200 images, evenly spaced."""
-    headers = []
+def _probe(files: EncodedFiles, max_pixels: int) -> dict[int, ImageFacts]:
+    """Return the headers of up to 200 images, evenly spaced, by number."""
+    headers = {}
     numbers = np.linspace(0, len(files) - 1, MAX_PROBED_IMAGES).round().astype(int)
     for i in np.unique(numbers).tolist():
         try:
-            headers.append(probe_image(files.read(i), files.name(i), max_pixels=max_pixels))
+            headers[i] = probe_image(files.read(i), files.name(i), max_pixels=max_pixels)
         except UnreadableImage:
             continue  # decoding will list all unreadable files with their reasons
     return headers
+
+
+def conversion_with_keys(conversion: Conversion, config: DataConfig) -> Conversion:
+    """Return the conversion of a model for another data set, whose keys may change some of it.
+
+    Raises:
+        UsageError: A key would change what the network was trained on.
+    """
+    own = {
+        "image_size": conversion.size,
+        "channels": conversion.channels,
+        "fit": conversion.fit,
+        "background": conversion.background,
+    }
+    wrong = [
+        f"data.{key}={getattr(config, key)}"
+        for key, value in own.items()
+        if getattr(config, key) not in ("auto", value)
+    ]
+    if wrong:
+        raise UsageError(
+            f"{', '.join(wrong)} can't be changed: the network was trained with "
+            f"{', '.join(f'{key}={value}' for key, value in own.items())}",
+            fix="leave it out; data.range and data.max_pixels may differ",
+        )
+    if config.range != "auto":
+        conversion = replace(conversion, value_range=config.range)
+    return replace(conversion, max_pixels=config.max_pixels or conversion.max_pixels)
+
+
+def deep_image_notes(images: ImageSource | EncodedFiles, conversion: Conversion) -> list[str]:
+    """Return warnings about deep images among those that a trained model is tested on.
+
+    Args:
+        images: Of another data set.
+        conversion: That of the model.
+    """
+    if not isinstance(images, EncodedFiles):
+        return []
+    headers = _probe(images, conversion.max_pixels)
+    deep = [number for number, header in headers.items() if header.deep]
+    notes = []
+    if deep and conversion.value_range is None:
+        notes.append(
+            by_itself_note(
+                len(deep),
+                len(headers),
+                images.name(deep[0]),
+                "data.range=[low, high] sets the values that become black and white",
+            )
+        )
+    floats = [number for number in deep if headers[number].mode == "F"]
+    if floats:
+        numbers = np.array(floats, np.int64)
+        pixels = _Pixels(images, lambda: numbers, 0, conversion.max_pixels)
+        notes += not_finite_notes(pixels.deep_values(), "images")
+    return notes
+
+
+def by_itself_note(count: int, total: int, first: str, fix: str) -> str:
+    """Return a warning about deep images given to a model that has no value range.
+
+    Args:
+        count, total: Number of deep images, and of all images that were looked at.
+        first: Name of the first deep image.
+        fix: How to give a range.
+    """
+    return (
+        f"warning: {count:,} of {total:,} images have more than 8 bits per value, the first is "
+        f"{first}; the model has no value range (it was trained on 8-bit images, or by an earlier "
+        f"version), so each is scaled by its type and its own values; {fix}"
+    )
+
+
+def not_finite_note(
+    count: int, total: int, share: float, *, what: str = "images", first: str = ""
+) -> str:
+    """Return a warning about images with NaN or infinite values.
+
+    Args:
+        count, total: Number of such images, and of all images that were looked at.
+        share: That of these values in such images.
+        what: What the images are, e.g. `training images`.
+        first: Name of the first such image, if it is known.
+    """
+    example = f", the first is {first}" if first else ""
+    return (
+        f"warning: {count:,} of {total:,} {what} have values that are NaN or infinite ({share:.1%} "
+        f"of their pixels){example}: NaN becomes black, as the lowest value; if it means something "
+        "else, replace it in the files"
+    )
+
+
+def not_finite_notes(values: Sequence[npt.NDArray[np.generic]], what: str) -> list[str]:
+    """Return a warning if values of deep images are NaN or infinite.
+
+    Args:
+        values: Of each image.
+        what: What the images are, e.g. `training images`.
+    """
+    shares = [1 - float(np.isfinite(each).mean()) for each in values if len(each)]
+    found = [share for share in shares if share > 0]
+    if not found:
+        return []
+    return [not_finite_note(len(found), len(shares), statistics.fmean(found), what=what)]
 
 
 @dataclass
@@ -253,22 +363,11 @@ class _Pixels:
     max_pixels: int
     sample: tuple[int, ...] = ()
 
-    def find_range(self, notes: list[str]) -> tuple[float, float] | None:
-        """Return the value range of the deep images; None without any. Adds to `notes`."""
+    def deep_values(self) -> list[npt.NDArray[np.generic]]:
+        """Return values of up to 256 deep images; other images are left out."""
         numbers = self._draw(MAX_RANGE_IMAGES)
         read = map_in_order(partial(self._deep_values, MAX_RANGE_PIXELS), numbers)
-        values = [found for found in read if found is not None]
-        if not values:
-            return None
-        value_range = value_range_of(values)
-        low, high = value_range
-        notes.append(
-            f"values of more than 8 bits: {low:.6g} to {high:.6g} become 0 to 255 (the 0.1 and "
-            f"99.9 percentiles of {len(values)} training images; data.range=[low, high] sets "
-            "others)"
-        )
-        notes += range_warnings(values, value_range)
-        return value_range
+        return [found for found in read if found is not None]
 
     def find_hidden_color(self) -> str | None:
         """Return the color, `#rrggbb`, of all visible pixels if white would hide it, or None."""
@@ -332,10 +431,32 @@ class _Pixels:
         return low, high
 
 
+def _find_range(
+    values: Sequence[npt.NDArray[np.generic]], notes: list[str]
+) -> tuple[float, float] | None:
+    """Return the value range of deep images; None without any values. Adds to `notes`."""
+    finite = [each[np.isfinite(each)] for each in values]
+    finite = [each for each in finite if len(each)]
+    if not finite:
+        return None
+    value_range = value_range_of(finite)
+    low, high = value_range
+    notes.append(
+        f"values of more than 8 bits: {low:.6g} to {high:.6g} become 0 to 255 (the 0.1 and "
+        f"99.9 percentiles of {len(finite)} training images; data.range=[low, high] sets "
+        "others)"
+    )
+    notes += range_warnings(finite, value_range)
+    return value_range
+
+
 def value_range_of(values: Sequence[npt.NDArray[np.generic]]) -> tuple[float, float]:
     """Return the range that values of deep images are converted with.
 
     It is the 0.1 and 99.9 percentile of all values; where these are equal, smallest and largest.
+
+    Args:
+        values: Finite values of each image.
     """
     joined = np.concatenate([each.astype(np.float64) for each in values])
     low, high = np.percentile(joined, RANGE_PERCENTILES)
@@ -363,10 +484,33 @@ def range_warnings(
     levels = len(np.unique(scale_to_uint8(central, value_range)))
     if levels >= MIN_CENTRAL_LEVELS or len(np.unique(central)) == levels:
         return []
+    low_limit, high_limit = _suggest_range(joined)
     return [
         f"warning: 90% of the pixels, {low:.6g} to {high:.6g}, fall into {levels} of 256 levels: "
-        "smaller differences are lost; set data.range=[low, high] to the values that matter"
+        "smaller differences are lost; set data.range to the values that matter, e.g. "
+        f"data.range=[{low_limit:.6g},{high_limit:.6g}], which leaves out "
+        f"{_share_outside(joined, low_limit, high_limit):.2%} of the pixels"
     ]
+
+
+def _suggest_range(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Return the range of the values without those that are far from the middle half.
+
+    "Far" is beyond twice the distance of the quartiles from them: normally distributed values stay
+    in (3.4 standard deviations), while hot pixels and numbers that stand for missing values
+    (-9999) do not. If the middle half is constant, as a background is, the middle 90% count.
+    """
+    for percentiles, factor in (((25, 75), 2.0), ((5, 95), 0.5)):
+        low, high = np.percentile(values, percentiles)
+        if low < high:
+            margin = factor * (high - low)
+            near = values[(values >= low - margin) & (values <= high + margin)]
+            return float(near.min()), float(near.max())
+    return float(values.min()), float(values.max())
+
+
+def _share_outside(values: npt.NDArray[np.float64], low: float, high: float) -> float:
+    return float(((values < low) | (values > high)).mean())
 
 
 def pixel_warnings(rows: ImageRows) -> list[str]:

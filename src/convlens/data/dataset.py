@@ -17,10 +17,11 @@ import hashlib
 import io
 import itertools
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,7 +33,13 @@ from rich.markup import escape
 from convlens.data import duplicates
 from convlens.data.cache import ArrayRows, DecodedRows, as_index
 from convlens.data.class_names import match_class_names
-from convlens.data.conversion import ChooseSize, NativeImages, choose_conversion
+from convlens.data.conversion import (
+    ChooseSize,
+    NativeImages,
+    choose_conversion,
+    conversion_with_keys,
+    deep_image_notes,
+)
 from convlens.data.decode import Conversion
 from convlens.data.duplicates import Duplicates
 from convlens.data.folder_layout import LayoutOptions
@@ -96,6 +103,7 @@ class Data:
     notes: tuple[str, ...]  # about the source and its splits, for people
     listing: ImageList | None  # the image files; None for built-in sets
     _test: Callable[[], Split] = field(repr=False)
+    val_groups: Sequence[str] | None = None  # the group of each validation image
 
     @property
     def image_size(self) -> int:
@@ -255,6 +263,7 @@ def _load_source(
         notes=tuple(notes),
         listing=listing if listing.of_files else None,
         _test=lambda: views["test"][0].split(views["test"][1], keep_in_memory=keep_in_memory),
+        val_groups=views["val"][0].groups_of(views["val"][1]),
     )
 
 
@@ -287,49 +296,77 @@ class ExternalData(NamedTuple):
     is_own_split: bool = False
 
 
+def data_name(data: str | Path | DataConfig) -> str:
+    """Return the name or path of another data set, which may be given with keys to read it."""
+    return str(data) if isinstance(data, str | os.PathLike) else data.name
+
+
+def find_external_source(
+    data: str | Path | DataConfig,
+    *,
+    conversion: Conversion,
+    known_classes: Sequence[str] = (),
+    tested: bool = False,
+) -> DataSource:
+    """Find a data set for a trained model.
+
+    Args:
+        data: Name or path of the set, or a data section with the keys that say how to read it.
+        conversion: That of the model.
+        known_classes: Classes of the model. They settle how folders are read that could be classes
+            or splits.
+        tested: As for `find_source`.
+
+    Raises:
+        DataError, UsageError: As `find_source`.
+    """
+    if isinstance(data, str | os.PathLike):
+        layout = LayoutOptions(known_classes=tuple(known_classes))
+        return find_source(str(data), image_size=conversion.size, layout=layout, tested=tested)
+    keys = data.model_copy(update={"image_size": conversion.size})
+    return find_configured_source(keys, tested=tested, known_classes=known_classes)
+
+
 def load_external_data(
-    name: str,
+    data: str | Path | DataConfig,
     split: str | None = None,
     *,
     conversion: Conversion,
     memory_budget: int,
     tested: bool = False,
-    run: Path | None = None,
-    model_classes: Sequence[str] | None = None,
-    config: DataConfig | None = None,
+    run_images: RunImages | None = None,
+    known_classes: Sequence[str] = (),
+    match_classes: bool = False,
 ) -> ExternalData:
     """Load a data set for a trained model, converted to the model's input.
 
     Nothing is held out. Of a set without splits all images are used.
 
     Args:
-        name: Name or path of the set.
+        data, known_classes, tested: As for `find_external_source`.
         split: A split of the set; by default `test`. Of a set without splits it can only be a
             split of the run: then exactly the images of that split are used, if the set has all
             of them.
-        conversion: That of the model.
+        conversion: That of the model. `data` may change the value range and the limit of pixels.
         memory_budget: In bytes.
-        tested: As for `find_source`.
-        run: Run directory of the model. Messages say how many of the images it was trained on, and
-            whether all images of its test split are there.
-        model_classes: Classes of the model. Those of the set are matched with them, before any
-            image is read, and returned under the model's names. They also settle how folders are
-            read that could be classes or splits.
-        config: A data section with the keys that say how to read the set.
+        run_images: Images of the model's run. Messages say how many of the images it was trained
+            on, and whether all images of its test split are there.
+        match_classes: Match the classes of the set with `known_classes`, before any image is read,
+            and return them under the names of these.
 
     Raises:
         DataError: The set has no such split, the model does not know a class, or images can't be
             read; otherwise as `load_data`.
+        UsageError: A key would change what the model was trained on; otherwise as `load_data`.
     """
-    known_classes = tuple(model_classes or ())
-    if config is None:
-        layout = LayoutOptions(known_classes=known_classes)
-        source = find_source(name, image_size=conversion.size, layout=layout, tested=tested)
-    else:
-        keys = config.model_copy(update={"name": name, "image_size": conversion.size})
-        source = find_configured_source(keys, tested=tested, known_classes=known_classes)
-    if model_classes is not None:
-        source = _match_classes(source, model_classes)
+    name = data_name(data)
+    if not isinstance(data, str | os.PathLike):
+        conversion = conversion_with_keys(conversion, data)
+    source = find_external_source(
+        data, conversion=conversion, known_classes=known_classes, tested=tested
+    )
+    if match_classes:
+        source = _match_classes(source, known_classes)
     _print_notes(source.name, source.notes)
     has_splits = list(source.parts) != ["train"]
     chosen = (split or "test") if has_splits else "train"
@@ -339,18 +376,20 @@ def load_external_data(
             where=name,
             fix=f"it has: {', '.join(source.parts)} (--split chooses one of them)",
         )
+    _print_notes(source.name, deep_image_notes(source.parts[chosen].images, conversion))
     loaded = load_part(source.parts[chosen], conversion, memory_budget)
     # `audit` needs a set with at least two classes.
     hint = f" (`convlens audit {name}` lists all)" if len(source.classes) > 1 else ""
     _refuse_unreadable({chosen: loaded}, f"replace them, or move them out of the set{hint}")
     index, label = loaded.all(), chosen if has_splits else ALL_IMAGES
-    own_index = _own_split_among(run, loaded, source, split, has_splits=has_splits)
+    run_images = run_images or RunImages(None)
+    own_index = _own_split_among(run_images, loaded, source, split, has_splits=has_splits)
     trained_on = 0
     if own_index is not None:
         index, label = own_index, split or "test"
-    elif run is not None:
-        trained_on = training_copies(run, loaded)
-        _describe_overlap(run, loaded, source, trained_on, has_splits=has_splits)
+    else:
+        trained_on = training_copies(run_images, loaded)
+        _describe_overlap(run_images, loaded, source, trained_on, has_splits=has_splits)
     fingerprint = _fingerprint(source.classes, conversion, {label: (loaded, index)})
     return ExternalData(
         loaded.split(index, keep_in_memory=len(index) * conversion.image_bytes <= memory_budget),
@@ -364,7 +403,12 @@ def load_external_data(
 
 
 def _own_split_among(
-    run: Path | None, loaded: LoadedPart, source: DataSource, split: str | None, *, has_splits: bool
+    run_images: RunImages,
+    loaded: LoadedPart,
+    source: DataSource,
+    split: str | None,
+    *,
+    has_splits: bool,
 ) -> IndexArray | None:
     """Return the indices of the images of a split of the run itself; None if all are to be used.
 
@@ -376,8 +420,8 @@ def _own_split_among(
     """
     is_chosen = split is not None and not has_splits
     found, total = np.empty(0, np.int64), 0
-    if run is not None and (is_chosen or split in (None, "test")):
-        found, total = find_split_of_run(run, loaded, source, split or "test")
+    if is_chosen or split in (None, "test"):
+        found, total = find_split_of_run(run_images, loaded, source, split or "test")
     is_complete = total > 0 and len(found) == total
     if is_complete and total == len(loaded.good):
         print_status(
@@ -399,7 +443,12 @@ def _own_split_among(
 
 
 def _describe_overlap(
-    run: Path, loaded: LoadedPart, source: DataSource, trained_on: int, *, has_splits: bool
+    run_images: RunImages,
+    loaded: LoadedPart,
+    source: DataSource,
+    trained_on: int,
+    *,
+    has_splits: bool,
 ) -> None:
     """Print how many images the run was trained on, and whether its test images are among them."""
     if not trained_on:
@@ -410,7 +459,7 @@ def _describe_overlap(
             "training (the same files); this accuracy is optimistic"
         )
     )
-    found, total = find_split_of_run(run, loaded, source, "test")
+    found, total = find_split_of_run(run_images, loaded, source, "test")
     if total and len(found) == total and not has_splits:
         print_status(
             escape(
@@ -755,17 +804,29 @@ def _digest_prefixes(part: LoadedPart, numbers: IndexArray) -> npt.NDArray[np.ui
     return np.ascontiguousarray(part.digests[numbers, :8]).view(np.uint64)[:, 0]
 
 
-def training_copies(folder: Path, part: LoadedPart) -> int:
-    """Count the files of `part` that equal, byte for byte, a training image of a run.
+class RunImages:
+    """The list of the image files of a run, which is read once, when it is first needed.
 
     Args:
-        folder: The run directory.
-        part: The files.
+        folder: The run directory; None if there is none.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    @cached_property
+    def records(self) -> list[ImageRecord] | None:
+        """The list; None if it is unknown: an old run, a damaged list, or no run."""
+        return None if self._folder is None else _read_image_list(self._folder / IMAGES_FILE)
+
+
+def training_copies(run_images: RunImages, part: LoadedPart) -> int:
+    """Count the files of `part` that equal, byte for byte, a training image of a run.
 
     Returns:
-        0 if it is unknown: an old run, a damaged list, or images that are not files.
+        0 if it is unknown, or if the images are not files.
     """
-    records = _read_image_list(folder / IMAGES_FILE) if part.digests is not None else None
+    records = run_images.records if part.digests is not None else None
     if records is None:
         return 0
     digests = [digest for _, _, split, digest in records if split == "train"]
@@ -778,19 +839,19 @@ def training_copies(folder: Path, part: LoadedPart) -> int:
 
 
 def find_split_of_run(
-    folder: Path, part: LoadedPart, source: DataSource, split: str
+    run_images: RunImages, part: LoadedPart, source: DataSource, split: str
 ) -> tuple[IndexArray, int]:
     """Find the images of a split of a run among other files, by content and class.
 
     Args:
-        folder: The run directory.
+        run_images: The images of the run.
         part: The files, of `source`.
 
     Returns:
         The indices of those that were found, in the order of the run's list, and the number of
         images of the split; no images if it is unknown.
     """
-    records = _read_image_list(folder / IMAGES_FILE) if part.digests is not None else None
+    records = run_images.records if part.digests is not None else None
     wanted = [(label, digest) for _, label, of, digest in records or () if of == split]
     if not wanted or part.digests is None:
         return np.empty(0, np.int64), 0
@@ -803,9 +864,9 @@ def find_split_of_run(
     return np.array(found, np.int64), len(wanted)
 
 
-def may_hold_images_of_run(folder: Path, source: DataSource) -> bool:
+def may_hold_images_of_run(run_images: RunImages, source: DataSource) -> bool:
     """Return whether a source has exactly the images of a run, by their ids; True if unknown."""
-    records = _read_image_list(folder / IMAGES_FILE)
+    records = run_images.records
     if records is None:
         return True
     ids = itertools.chain.from_iterable(part.ids for part in source.parts.values())

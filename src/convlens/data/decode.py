@@ -24,9 +24,10 @@ import struct
 import sys
 import threading
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +71,8 @@ FITS = ("crop", "pad", "stretch")
 
 MAX_PIXELS = 89_478_485  # Pillow's default limit
 MAX_BYTES = 1 << 29
-NOT_FINITE = "it holds values that are not finite (NaN or infinity)"
+# Part of the reason why earlier versions did not read an image with NaN. Caches hold it.
+NAN_REFUSED = "it holds values that are not finite"
 ALPHA = "alpha"  # a background: the alpha channel itself is the (grey) image
 # Pixels of the large images that all threads decode at once; a pixel takes up to 16 bytes.
 _DECODE_MEMORY = MemorySemaphore(2 * MAX_PIXELS, free=1 << 22)
@@ -142,6 +144,29 @@ class ImageFacts:
     deep: bool  # has more than 8 bits per value
 
 
+class DeepFacts(NamedTuple):
+    """What the conversion of a deep image did that people should know of.
+
+    Attributes:
+        by_itself: It was scaled by its type and its own values, because no value range was given.
+        not_finite: Share of its values that are NaN or infinite.
+    """
+
+    by_itself: bool
+    not_finite: float
+
+
+# Called for each deep image that is decoded.
+DeepReport = Callable[[DeepFacts], object]
+
+
+class _NoFiniteValueError(ValueError):
+    """An image consists of NaN and infinities."""
+
+    def __init__(self) -> None:
+        super().__init__("none of its values is finite (all are NaN or infinity)")
+
+
 @dataclass(frozen=True, repr=False)
 class Conversion:
     """How every image of a set is converted to uint8 `[channels, size, size]`.
@@ -182,9 +207,11 @@ class Conversion:
         """Size of one converted image in bytes."""
         return self.channels * self.size * self.size
 
-    def file(self, source: Path | str | bytes, name: str = "") -> Pixels:
+    def file(
+        self, source: Path | str | bytes, name: str = "", report: DeepReport | None = None
+    ) -> Pixels:
         """Decode and convert one image file, given its path or its bytes and a name."""
-        return decode(source, name=name, **vars(self))
+        return decode(source, name=name, report=report, **vars(self))
 
     def array(self, images: Pixels) -> Pixels:
         """Convert images, uint8 `[N, C, H, W]` with 1, 3 or 4 channels."""
@@ -196,9 +223,9 @@ class Conversion:
             background=self.background,
         )
 
-    def pil(self, image: Image.Image, name: str = "") -> Pixels:
+    def pil(self, image: Image.Image, name: str = "", report: DeepReport | None = None) -> Pixels:
         """Convert a PIL image."""
-        return decode_pil(image, name=name, **vars(self))
+        return decode_pil(image, name=name, report=report, **vars(self))
 
 
 def read_bytes(path: Path | str) -> bytes:
@@ -249,6 +276,7 @@ def decode(
     background: str = "white",
     max_pixels: int = MAX_PIXELS,
     name: str = "",
+    report: DeepReport | None = None,
 ) -> Pixels:
     """Decode one image file.
 
@@ -258,14 +286,15 @@ def decode(
         channels: 1 (ITU-R 601 grey) or 3 (RGB).
         fit: `crop` (short side to `size`, center kept), `pad` (long side to `size`, black
             borders) or `stretch`.
-        value_range: Values of deep images that become 0 and 255; values outside are clipped.
-            None: 65,535 becomes 255 in 16-bit images, and 32-bit images are scaled by their own
-            values.
+        value_range: Values of deep images that become 0 and 255; values outside are clipped, and
+            NaN becomes 0. None: 65,535 becomes 255 in 16-bit images, and 32-bit images are scaled
+            by their own values.
         background: The color behind transparent parts (`white`, `black`, `grey` or `#rrggbb`); or
             `alpha`: images with an alpha channel become that channel, as grey.
         max_pixels: Larger images are refused. JPEG files are decoded at a reduced scale instead,
             where the result is small enough.
         name: Name of `source` in errors if it is bytes.
+        report: Called if the image is deep.
 
     Returns:
         uint8 `[C, size, size]`, or `[C, H, W]` if `size` is None.
@@ -282,10 +311,13 @@ def decode(
         with _TRUNCATED_IMAGES_REFUSED, _open(source, name, max_pixels) as image:
             pixels = _prepare(image, source, name, size, fit, max_pixels)
             with _DECODE_MEMORY.acquire(pixels):
+                is_deep = report is not None and _is_deep(image)  # known before loading only
                 values = None if value_range is None else _read_deep(image, source, max_pixels)
                 image.load()
                 # After loading: Pillow turns TIFF upright when it loads, and drops the tag.
                 orientation = _orientation(image)
+                if report is not None and is_deep:
+                    report(_deep_facts(image, values))
                 if value_range is not None and values is not None:
                     upright = _to_upright(_scale_deep(values, value_range), orientation)
                 else:
@@ -307,6 +339,7 @@ def decode_pil(
     background: str = "white",
     max_pixels: int = MAX_PIXELS,
     name: str = "",
+    report: DeepReport | None = None,
 ) -> Pixels:
     """Apply the conversions of `decode` to a PIL image, which stays as it is.
 
@@ -315,7 +348,7 @@ def decode_pil(
 
     Args:
         image: An image of any mode.
-        size, channels, fit, value_range, background, max_pixels: As for `decode`.
+        size, channels, fit, value_range, background, max_pixels, report: As for `decode`.
         name: Name of the image in errors.
 
     Raises:
@@ -336,10 +369,13 @@ def decode_pil(
             # Pillow loads pixels and EXIF data when they are first used, which is not thread-safe.
             with _LOAD_LOCK.acquire(1):
                 values = None
-                if value_range is not None and _is_deep(image):
+                is_deep = _is_deep(image)
+                if value_range is not None and is_deep:
                     values = _read_deep_grey(image)
                 image.load()
                 orientation = _orientation(image)
+            if report is not None and is_deep:
+                report(_deep_facts(image, values))
             if value_range is not None and values is not None:
                 upright = _to_upright(_scale_deep(values, value_range), orientation)
             else:
@@ -361,10 +397,10 @@ def read_values(
 
     Returns:
         `[H, W]`, or `[H, W, 3 or 4]` for color; not turned upright. Deep images have their own
-        data type, others are uint8.
+        data type, others are uint8. Floats may be NaN or infinite.
 
     Raises:
-        UnreadableImage: As `decode`; also if a float is not finite.
+        UnreadableImage: As `decode`.
     """
     if not isinstance(source, bytes):
         name = os.fspath(source)
@@ -434,7 +470,7 @@ def scale_to_uint8(values: npt.NDArray[np.generic], value_range: tuple[float, fl
     """Map values linearly so that `value_range` becomes 0..255; round them to whole levels.
 
     Args:
-        values: Finite numbers, of any shape. Values outside the range are clipped.
+        values: Numbers, of any shape. Values outside the range are clipped; NaN becomes 0.
         value_range: The values that become 0 and 255.
 
     Raises:
@@ -447,7 +483,13 @@ def scale_to_uint8(values: npt.NDArray[np.generic], value_range: tuple[float, fl
     scaled = np.subtract(values, low, dtype=np.float64)
     scaled *= 255
     scaled /= high - low
+    return _to_levels(scaled)
+
+
+def _to_levels(scaled: npt.NDArray[np.float64]) -> Pixels:
+    """Clip and round values to 0..255; NaN becomes 0. Changes `scaled`."""
     np.clip(scaled, 0, 255, out=scaled)
+    np.nan_to_num(scaled, copy=False)
     levels: Pixels = np.rint(scaled, out=scaled).astype(np.uint8)
     return levels
 
@@ -570,8 +612,8 @@ def _too_large(name: str, image_size: tuple[int, int], max_pixels: int) -> Unrea
     limit = f"{max_pixels // 10**6} million" if max_pixels >= 10**6 else f"{max_pixels:,}"
     return UnreadableImage(
         name or "(bytes)",
-        f"more than {limit} pixels are refused ({width} x {height}); data.max_pixels raises the "
-        "limit",
+        f"more than {limit} pixels are refused ({width} x {height}); to raise the limit, set "
+        "data.max_pixels, or --max-pixels of predict and look",
     )
 
 
@@ -667,7 +709,7 @@ def _read_deep(
     """Return the values of a deep image, `[H, W]` or `[H, W, 3 or 4]`; None for 8-bit images.
 
     Raises:
-        ValueError: A value is not finite.
+        ValueError: No value is finite.
     """
     if not _is_deep(image):
         return None
@@ -681,7 +723,7 @@ def _read_deep_grey(image: Image.Image) -> npt.NDArray[np.generic]:
     """Return the values of a deep grey image, `[H, W]`.
 
     Raises:
-        ValueError: A value is not finite.
+        ValueError: No value is finite.
     """
     tags = getattr(image, "tag_v2", {})  # of TIFF
     maximum = _pgm_maximum(image)
@@ -689,11 +731,23 @@ def _read_deep_grey(image: Image.Image) -> npt.NDArray[np.generic]:
     values = np.asarray(image)
     if maximum is not None:  # Pillow has scaled the values to 0..65535
         values = np.rint(values * (maximum / 65535)).astype(np.uint16)
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ValueError(NOT_FINITE)
+    if not np.isfinite(values).any():
+        raise _NoFiniteValueError
     is_unsigned = tags.get(258) == (32,) and tags.get(339, (1,)) == (1,)
     # Pillow reads unsigned integers of 32 bits as signed ones.
     return values.view(np.uint32) if image.mode == "I" and is_unsigned else values
+
+
+def _deep_facts(image: Image.Image, values: npt.NDArray[np.generic] | None) -> DeepFacts:
+    """Return what to report about a deep image, which is loaded.
+
+    Args:
+        image: The image.
+        values: Its values; None if it is converted without a value range.
+    """
+    shown = np.asarray(image) if values is None else values
+    not_finite = 1 - float(np.isfinite(shown).mean()) if shown.dtype.kind == "f" else 0.0
+    return DeepFacts(values is None, not_finite)
 
 
 def _pgm_maximum(image: Image.Image) -> int | None:
@@ -752,6 +806,7 @@ def _to_eight_bit(
         holds_16_bit = file_format in ("PPM", "PNG") and image.mode == "I"
         image = _scale_32_bit(np.asarray(image), holds_16_bit=holds_16_bit)
     if _has_alpha(image):
+        image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA")
         if background == ALPHA:
             image = image.getchannel("A")
@@ -775,9 +830,10 @@ def _scale_32_bit(values: npt.NDArray[np.generic], *, holds_16_bit: bool) -> Ima
 
     The range 0..1, 0..255 or 0..65535 is chosen by the values; other values are stretched.
     """
-    low, high = float(values.min()), float(values.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError(NOT_FINITE)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise _NoFiniteValueError
+    low, high = float(finite.min()), float(finite.max())
     if holds_16_bit or (low >= 0 and 255 < high <= 65535 and values.dtype.kind == "i"):
         return _scale_16_bit(np.clip(values.astype(np.int64), 0, 65535))
     scaled = values.astype(np.float64)
@@ -785,7 +841,7 @@ def _scale_32_bit(values: npt.NDArray[np.generic], *, holds_16_bit: bool) -> Ima
         scaled = scaled * 255
     elif low < 0 or high > 255:
         scaled = (scaled - low) * (255 / max(high - low, 1e-300))
-    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+    return Image.fromarray(_to_levels(scaled))
 
 
 def _resized_size(image_size: tuple[int, int], size: int, fit: str) -> tuple[int, int]:
@@ -824,6 +880,10 @@ def _to_array(image: Image.Image) -> Pixels:
 def _reason(error: Exception, content: bytes = b"") -> str:
     """Describe an exception of the system or of Pillow in plain words."""
     text = str(error)
+    if isinstance(error, _NoFiniteValueError):
+        return text
+    if "closed image" in text:  # of the caller
+        return "it was closed before its pixels were read"
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(error, PermissionError):

@@ -8,15 +8,15 @@ readings are possible, the error names both and the key of the recipe that choos
     seg_train/seg_train/<class>/*           the same within a split
     <class>/*, test/<class>/*               a split beside the classes it is about
     <class>/{train,test}/*                  splits within classes
+    cats_train/*, dogs_train/*, cats_test/*  both in the names of the folders
     a/airfield/*, b/beach/indoor/*          class folders with folders only: `data.class_level`
-    train/cat.0.jpg, train/dog.0.jpg        labels in the names of the files
+    train/cat.0.jpg, train/0_12.jpg         labels in the names of the files
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,33 +25,33 @@ from pathlib import Path
 from convlens.data.file_types import describe_ignored, extension
 from convlens.data.layout import (
     LAYOUT_HELP,
+    LIST_HELP,
     MAX_EXAMPLES,
+    OTHER_TEXT_FILES,
     SPLITS,
     ClassChoice,
     Problem,
+    group_by_label,
+    is_annotation_name,
     is_neutral_name,
     is_unlabeled_name,
+    labels_from_names,
     list_examples,
     list_override,
     match_split_names,
+    name_without_split,
     normalize_name,
+    parse_split_name,
     printable,
     raise_problems,
     split_from_name,
 )
-from convlens.data.scan import MAX_DEPTH, Folder, Scanner, is_image
+from convlens.data.scan import MAX_DEPTH, Folder, Scanner, enter_wrappers, is_image
 from convlens.errors import DataError
 
-MAX_WRAPPERS = 8  # folders with a single folder inside that are entered one after the other
-MIN_CLASS_FILES = 2  # files of each class that is read from the names of files
-# `cat.0`, `american_bulldog_12`, `dog (3)`: words, a separator, a number.
-_LABELED_NAME = re.compile(r"([^\W\d_]+(?:[ ._-][^\W\d_]+)*)[ ._(-]+\d+\)?")
-# Words that cameras and programs put before the number of an image.
-_CAMERA_WORD = re.compile(
-    r"(img|dsc[nf]?|pict?|pxl|image|photo|picture|frame|scan|file|sample|screen ?shot|untitled"
-    r"|bild|vid(eo)?|mvi|gopr|dji|snapshot|download|unnamed|train|val|test|x|y|copy)s?"
-)
 _LIST_EXTENSIONS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
+# Folders, and lists in each, that are searched for a list to name in an error.
+MAX_SEARCHED_FOLDERS, MAX_SEARCHED_LISTS = 50, 20
 
 
 @dataclass(frozen=True)
@@ -126,32 +126,6 @@ def class_name(folder: Folder) -> str:
     return normalize_name(printable(folder.name))
 
 
-def group_by_label(names: Iterable[str]) -> dict[str, list[str]] | None:
-    """Return file names by the label in front of their number (`cat.0.jpg`, `dog_12.jpg`).
-
-    Returns:
-        None if a name has no such label, or only the word of a camera or a program (`IMG_1.jpg`).
-    """
-    files: dict[str, list[str]] = {}
-    for name in names:
-        match = _LABELED_NAME.fullmatch(os.path.splitext(name)[0])
-        if match is None or _CAMERA_WORD.fullmatch(match[1].casefold()):
-            return None
-        files.setdefault(normalize_name(match[1]), []).append(name)
-    return files
-
-
-def labels_from_names(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return file names by label if these are certainly the classes, else nothing.
-
-    There must be at least two labels with two files each, and no labels that differ only in case.
-    """
-    files = group_by_label(names) or {}
-    is_complete = len(files) > 1 and min(map(len, files.values())) >= MIN_CLASS_FILES
-    is_unique = len({label.casefold() for label in files}) == len(files)
-    return files if is_complete and is_unique else {}
-
-
 def _image_names(folder: Folder) -> list[str]:
     return [entry.name for entry in folder.files() if is_image(entry)]
 
@@ -180,9 +154,11 @@ class _LayoutFinder:
     def find(self) -> Layout:
         top = self._enter_wrappers(Folder(str(self._root)))
         folders = self._folders(top)
-        split_of = self._match_splits(folders)
+        splits = self._classes_with_splits(top, folders)
+        split_of = {} if splits else self._match_splits(folders)
         is_auto = (self._options.layout, self._options.class_level) == ("auto", "auto")
-        splits = {} if split_of or not is_auto else self._splits_inside_classes(folders)
+        if not splits and not split_of and is_auto:
+            splits = self._splits_inside_classes(folders)
         if not splits:
             bodies = {"train": _Body(top, folders)}
             if split_of:
@@ -215,29 +191,30 @@ class _LayoutFinder:
         only = self._choice.only
         return name not in self._choice.without and (name in only or not only)
 
-    def _enter_wrappers(self, top: Folder) -> Folder:
-        """Return the folder to read: `top`, or the one inside if it holds nothing else."""
-        outer = top
-        for _ in range(MAX_WRAPPERS):
-            folders = self._without_left_out(self._folders(top))
-            if match_split_names([folder.name for folder in folders]):
-                break
-            # Two are enough to decide; a search in many folders without images would take long.
-            filled = list(itertools.islice((f for f in folders if f.holds_images), 2))
-            if len(filled) != 1:
-                break
-            inner = filled[0]
-            # A folder of images is a class, unless their names tell several classes.
-            is_class = inner.has_images and (
-                self._tested or inner.subfolders or not labels_from_names(_image_names(inner))
-            )
-            has_classes = inner.has_images or len(inner.subfolders) > 1
-            if is_class or not (has_classes or len(folders) == 1):
-                break  # the other folders are empty classes
-            top = inner
+    def _enter_wrappers(self, outer: Folder) -> Folder:
+        """Return the folder to read: `outer`, or the one inside if it holds nothing else."""
+        top = enter_wrappers(outer, self._wrapped_folder)
         if top is not outer:
             self._note(f"read from {self._shown(top)}, the only folder with images")
         return top
+
+    def _wrapped_folder(self, outer: Folder) -> Folder | None:
+        """Return the only folder inside with images, unless it is a class."""
+        folders = self._without_left_out(self._folders(outer))
+        if match_split_names([folder.name for folder in folders]):
+            return None
+        # Two are enough to decide; a search in many folders without images would take long.
+        filled = list(itertools.islice((f for f in folders if f.holds_images), 2))
+        if len(filled) != 1:
+            return None
+        inner = filled[0]
+        # A folder of images is a class, unless their names tell several classes.
+        is_class = inner.has_images and (
+            self._tested or inner.subfolders or not labels_from_names(_image_names(inner))
+        )
+        has_classes = inner.has_images or len(inner.subfolders) > 1
+        # Otherwise the other folders are empty classes.
+        return inner if not is_class and (has_classes or len(folders) == 1) else None
 
     def _match_splits(self, folders: Sequence[Folder]) -> dict[str, str]:
         """Return the split of each folder that stands for one; empty if all are classes.
@@ -331,8 +308,8 @@ class _LayoutFinder:
         named = [folder for folder in folders if folder.name in split_of]
         others = [folder for folder in folders if folder not in named]
         bodies: dict[str, _Body] = {}
-        origin: dict[str, Folder] = {}
-        unlabeled, problems = [], []
+        same: dict[str, list[Folder]] = {}
+        unlabeled = []
         for folder in sorted(named, key=lambda f: SPLITS.index(split_of[f.name])):
             split = split_of[folder.name]
             train = self._class_names(bodies["train"]) if "train" in bodies else set()
@@ -340,12 +317,10 @@ class _LayoutFinder:
             body = _Body(inner, self._folders(inner))
             if split != "train" and not self._is_labeled(body, train):
                 unlabeled.append(folder)
-            elif split in bodies:
-                names = [printable(origin[split].name), printable(folder.name)]
-                fix = "give each split one folder, or set data.layout=classes if these are classes"
-                problems.append(Problem(f"two {split} folders", names, fix))
             else:
-                bodies[split], origin[split] = body, folder
+                bodies.setdefault(split, body)
+                same.setdefault(split, []).append(folder)
+        problems = self._several_folders({s: each for s, each in same.items() if len(each) > 1})
         class_names = map(self._class_names, bodies.values())
         if "train" not in bodies and self._are_beside_their_classes(class_names, others):
             bodies["train"], others = _Body(top, others), []
@@ -355,6 +330,33 @@ class _LayoutFinder:
         self._note_splits(top, bodies)
         self._note_unused(top, others, unlabeled)
         return bodies
+
+    @staticmethod
+    def _several_folders(same: dict[str, list[Folder]]) -> list[Problem]:
+        """Return the problem that splits have several folders, with the keys that choose one.
+
+        Args:
+            same: split -> its folders.
+        """
+        # The shortest name is the plainest: `train` beside `train_small`.
+        same = {s: sorted(folders, key=lambda f: len(f.name)) for s, folders in same.items()}
+        first = [class_name(folders[0]) for folders in same.values()]
+        others = [class_name(folder) for folders in same.values() for folder in folders[1:]]
+        used = [class_name(folders[1]) for folders in same.values()]
+        not_used = [name for name in [*first, *others] if name not in used]
+        fix = (
+            f"{list_override('data.without', others)} (uses {list_examples(first)}) or "
+            f"{list_override('data.without', not_used)} (uses {list_examples(used)}), or set "
+            "data.layout=classes if all of these are classes"
+        )
+        return [
+            Problem(
+                f"{'two' if len(folders) == 2 else len(folders)} {split} folders",
+                list(map(class_name, folders)),
+                fix,
+            )
+            for split, folders in same.items()
+        ]
 
     def _class_names(self, body: _Body) -> set[str]:
         if body.classes:
@@ -368,19 +370,20 @@ class _LayoutFinder:
             folder: the folder of a split.
             train: the training classes; their folders are not entered.
         """
-        for _ in range(MAX_WRAPPERS):
-            folders = self._folders(folder)
-            if len(folders) != 1 or folder.has_images or class_name(folders[0]) in train:
-                break
+
+        def find_inner(outer: Folder) -> Folder | None:
+            folders = self._without_left_out(self._folders(outer))
+            if len(folders) != 1 or outer.has_images or class_name(folders[0]) in train:
+                return None
             inner = folders[0]
-            is_same = inner.name == folder.name or (
-                split_from_name(inner.name) is not None
-                and split_from_name(inner.name) == split_from_name(folder.name)
+            split = split_from_name(inner.name)
+            is_same = inner.name == outer.name or (
+                split is not None and split == split_from_name(outer.name)
             )
-            if not is_same and (inner.has_images or not inner.subfolders):
-                break
-            folder = inner
-        return folder
+            holds_folders = bool(inner.subfolders) and not inner.has_images
+            return inner if is_same or holds_folders else None
+
+        return enter_wrappers(folder, find_inner)
 
     def _is_labeled(self, body: _Body, train: Collection[str]) -> bool:
         """Return whether the classes of validation or test images are known."""
@@ -415,9 +418,7 @@ class _LayoutFinder:
         """
         ignored = []
         for folder in sorted([*others, *unlabeled], key=lambda f: f.name):
-            inner = self._enter_split(folder)
-            while len(inner.subfolders) == 1 and not inner.has_images:
-                inner = inner.subfolders[0]
+            inner = enter_wrappers(self._enter_split(folder), _only_folder)
             count = len(_image_names(inner))
             if not count or (folder in others and not is_unlabeled_name(folder.name)):
                 ignored.append(printable(folder.name))
@@ -449,12 +450,54 @@ class _LayoutFinder:
         self._note("each class folder holds its own splits")
         return splits
 
+    def _classes_with_splits(
+        self, top: Folder, folders: Sequence[Folder]
+    ) -> dict[str, list[ClassFolder]]:
+        """Return the classes of each split if folders are named after both: `cats_train`, `testB`.
+
+        They must hold images only, and each class must have training images.
+        """
+        considered = self._without_left_out(folders)
+        if not any(parse_split_name(folder.name) for folder in considered):
+            return {}
+        considered = [f for f in considered if parse_split_name(f.name) or f.holds_images]
+        folder_names = set(map(class_name, considered))
+        are_chosen = bool(self._choice.only) and folder_names.issuperset(self._choice.only)
+        are_known = folder_names <= set(self._options.known_classes)
+        parsed = {folder: parse_split_name(folder.name) for folder in considered}
+        if self._options.layout == "classes" or are_chosen or are_known or None in parsed.values():
+            return {}
+        names: dict[str, str] = {}  # classes by their names in lower case
+        splits: dict[str, list[ClassFolder]] = {}
+        for folder, found in parsed.items():
+            if found is None or not found.rest or folder.subfolders or not folder.has_images:
+                return {}
+            name = name_without_split(class_name(folder))
+            entry = ClassFolder(names.setdefault(name.casefold(), name), folder.path)
+            splits.setdefault(found.split, []).append(entry)
+        classes = {split: {entry.name for entry in entries} for split, entries in splits.items()}
+        is_unique = all(len(classes[split]) == len(splits[split]) for split in splits)
+        is_complete = len(names) > 1 and classes.get("train") == set(names.values())
+        if len(splits) < 2 or not is_unique or not is_complete:
+            return {}
+        split = max(splits, key=SPLITS.index)
+        example = splits[split][0]
+        shown = printable(os.path.basename(example.path))
+        self._note(
+            f"folders are named after classes and splits: {shown} is {example.name} in {split}"
+        )
+        self._layout.parents.append(top.path)
+        return splits
+
     def _classes_of(self, bodies: dict[str, _Body]) -> dict[str, list[ClassFolder]]:
         """Return the classes of each split: its folders, those further down, or labels in names."""
         fallback = next(iter(bodies.values()), _Body(Folder(str(self._root)), []))
         main = bodies.get("train", fallback)
         if not self._class_names(main):
             raise self._no_classes(main)
+        self._refuse_annotations(main.classes)
+        for body in bodies.values():
+            body.classes = self._without_annotations(body.classes)
         level = self._class_level(main.classes)
         splits = {}
         for split, body in bodies.items():
@@ -473,11 +516,70 @@ class _LayoutFinder:
             self._note(f"classes are read from the names of the files ({example}): {names}")
         return splits
 
+    def _refuse_annotations(self, folders: Sequence[Folder]) -> None:
+        """Raise an error if folders seem to be images and their annotations, not classes."""
+        folders = self._without_left_out(folders)
+        annotations = [folder for folder in folders if is_annotation_name(folder.name)]
+        images = [folder for folder in folders if folder not in annotations]
+        names = [class_name(folder) for folder in [*annotations, *images]]
+        is_settled = self._options.layout == "classes" or bool(self._choice.only)
+        is_settled = is_settled or set(names) <= set(self._options.known_classes)
+        if is_settled or not (annotations and images):
+            return
+        if not all(is_neutral_name(folder.name) for folder in images):
+            return
+        are_filled = all(folder.holds_images for folder in folders)
+        readings = [f"data.layout=classes ({_count_classes(names)})"] if are_filled else []
+        inside = sorted(self._class_names(_Body(images[0], self._folders(images[0]))))
+        if len(images) == 1 and len(inside) > 1:
+            without = list_override("data.without", names[: len(annotations)])
+            readings.insert(0, f"{without} ({_count_classes(inside)})")
+        lists = self._lists_below(_parent(folders[0]))
+        readings.append(
+            f"if {lists[0]} lists the images with their classes, name that file"
+            if lists
+            else LIST_HELP
+        )
+        raise DataError(
+            "these folders look like images and annotations, not like classes: "
+            f"{list_examples(names)}",
+            where=str(self._root),
+            fix=" or ".join(readings),
+        )
+
+    def _without_annotations(self, folders: Sequence[Folder]) -> list[Folder]:
+        """Return class folders without those of annotations, which hold no images, with a note."""
+        if self._options.layout == "classes" or self._choice.only:
+            return list(folders)
+        annotations = [f for f in folders if is_annotation_name(f.name) and not f.holds_images]
+        if not annotations or len(annotations) == len(folders):
+            return list(folders)
+        self._note(f"ignored folders: {list_examples(list(map(self._shown, annotations)))}")
+        return [folder for folder in folders if folder not in annotations]
+
+    def _lists_below(self, folder: Folder) -> list[str]:
+        """Return the paths below the root of text files that may list images, but not one each."""
+        found = list[str]()
+        searched_folders = [folder, *folder.subfolders[:MAX_SEARCHED_FOLDERS]]
+        images = {os.path.splitext(n)[0] for each in searched_folders for n in _image_names(each)}
+        for searched in searched_folders:
+            files = [
+                file
+                for file in searched.files()
+                if extension(file.name) in _LIST_EXTENSIONS
+                and not OTHER_TEXT_FILES.search(file.name.lower())
+                and os.path.splitext(file.name)[0] not in images
+            ]
+            if len(files) <= MAX_SEARCHED_LISTS:
+                found += [self._shown(Folder(file.path)) for file in files]
+        return found
+
     def _no_classes(self, body: _Body) -> DataError:
         """Return the error about a folder that has neither class folders nor labels in names."""
         images = _image_names(body.folder)
         files = [file.name for file in body.folder.files() if file.name not in images]
-        lists = [name for name in files if extension(name) in _LIST_EXTENSIONS]
+        root = Folder(str(self._root))
+        lists = self._lists_below(body.folder) or self._lists_below(root)
         what = f"no class folders in: {printable(body.folder.name)}"
         if split_from_name(body.folder.name):
             what = f"splits without class folders inside: {self._shown(body.folder)}"
@@ -486,7 +588,7 @@ class _LayoutFinder:
             what += f"; {len(images):,} images whose names do not tell a class ({examples})"
         if files:
             what += "; " + "; ".join(describe_ignored(Counter(map(extension, files))))
-        fix = LAYOUT_HELP
+        fix = f"{LAYOUT_HELP}, or {LIST_HELP}" if images else LAYOUT_HELP
         if lists:
             fix = f"if {printable(lists[0])} lists the images with their classes, name that file"
         return DataError(what, where=str(self._root), fix=fix)
@@ -551,6 +653,12 @@ class _LayoutFinder:
                     f"hidden folder {name} is not used ({count:,} images); name it in data.classes "
                     f"to use it, e.g. {example}"
                 )
+
+
+def _only_folder(folder: Folder) -> Folder | None:
+    """Return the folder inside if there is one, and no image beside it."""
+    is_only = len(folder.subfolders) == 1 and not folder.has_images
+    return folder.subfolders[0] if is_only else None
 
 
 def _labeled_files(folder: Folder) -> list[ClassFolder]:

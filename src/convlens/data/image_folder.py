@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from convlens.data.class_names import check_renamed, rename_classes, unknown_classes
 from convlens.data.file_types import describe_ignored, is_text_or_archive, needs_conversion
 from convlens.data.folder_layout import ClassFolder, Layout, LayoutOptions, find_layout
 from convlens.data.layout import (
     LAYOUT_HELP,
+    LIST_HELP,
     SPLITS,
     ClassChoice,
     Problem,
@@ -53,6 +55,17 @@ class _Scan:
         self.unreadable_folders |= contents.unreadable_folders
         self.ignored[name] = contents.ignored
 
+    def renamed(self, new_names: Mapping[str, str]) -> _Scan:
+        """Return the contents by the new names of the classes; equal names are joined."""
+        scan = _Scan(special_files=self.special_files, unreadable_folders=self.unreadable_folders)
+        scan.duplicates = [new_names.get(name, name) for name in self.duplicates]
+        for name, files in self.files.items():
+            new_name = new_names.get(name, name)
+            scan.files[new_name] = [*scan.files.get(new_name, ()), *files]
+            ignored = scan.ignored.get(new_name, Counter[str]())
+            scan.ignored[new_name] = ignored + self.ignored[name]
+        return scan
+
 
 def read_folder(
     root: Path,
@@ -61,6 +74,7 @@ def read_folder(
     *,
     options: LayoutOptions | None = None,
     choice: ClassChoice | None = None,
+    rename: Mapping[str, str] | None = None,
     tested: bool = False,
 ) -> DataSource:
     """Read a folder of class folders, directly below `root` or below its train/val/test folders.
@@ -73,6 +87,7 @@ def read_folder(
         options: readings that the recipe chooses; by default none.
         choice: the classes that will be used, by default all. Others are neither scanned nor
             checked: they are classes without images, which `find_source` leaves out.
+        rename: new names of classes. All checks, and `choice`, are about these.
         tested: as in `sources.find_source`.
 
     Raises:
@@ -82,10 +97,17 @@ def read_folder(
     root = Path(os.path.abspath(root))
     scan_entries(root)  # raises if it is not readable
     choice = choice or ClassChoice()
-    layout = find_layout(root, options or LayoutOptions(), choice, tested=tested)
+    rename = rename or {}
+    layout = find_layout(
+        root, options or LayoutOptions(), _choice_of_folders(choice, rename), tested=tested
+    )
     all_names = sorted({folder.name for found in layout.splits.values() for folder in found})
     known_names = list(dict.fromkeys([*all_names, *layout.left_out]))
-    used = set(choice.keep(known_names))
+    if rename:
+        check_renamed(rename, known_names)
+    new_names = [rename.get(name, name) for name in known_names]
+    kept = choice.keep(new_names)
+    used = {name for name in known_names if rename.get(name, name) in kept}
     scanner = Scanner(root)
     scans = {
         split: _scan(scanner, [folder for folder in folders if folder.name in used])
@@ -95,22 +117,30 @@ def read_folder(
     special_paths = outside.union(*(scan.special_files for scan in scans.values()))
     prefix = len(os.path.join(root, ""))
     special = sorted(printable(path[prefix:]) for path in special_paths)
-    judged = list(scans.values()) if tested else [scans["train"]]
+    # With new names, a class of another split may be one of the training classes.
+    judged = list(scans.values()) if tested or rename else [scans["train"]]
     names = tuple(sorted({name for scan in judged for name in scan.files}))
     if classes and set(classes) == set(names):
         names = tuple(classes)
-    named_like_splits = [name for name in names if split_from_name(name)]
+    named_like_splits = sorted(
+        {new for name in names if split_from_name(new := rename.get(name, name))}
+    )
     if named_like_splits:
         layout.notes.append(f"classes named like splits: {list_examples(named_like_splits)}")
-    problems = _find_problems(scans, names, root, special, choice, tested)
+    renamed = {split: scan.renamed(rename) for split, scan in scans.items()}
+    problems = _find_problems(renamed, special, choice, tested)
     if any(problem.items for problem in problems):
-        choice.check(known_names, name)  # a misspelled class may be the cause
+        choice.check(new_names, name)  # a misspelled class may be the cause
     raise_problems(problems, root)
 
     not_used = [name for name in known_names if name not in used]
     if not_used:
         names = tuple(sorted([*names, *not_used]))
     notes, parts = layout.notes, {}
+    for split, scan in renamed.items():
+        empty = sorted(name for name, paths in scan.files.items() if not paths)
+        if empty and split != "train" and any(scan.files.values()):
+            notes.append(f"{split}: class folders without images: {list_examples(empty)}")
     for split, scan in scans.items():
         paths = [path for name in names for path in scan.files.get(name, ())]
         if not paths:
@@ -127,7 +157,17 @@ def read_folder(
         notes.append(
             f"{len(special)} broken links, pipes or devices were left out: {list_examples(special)}"
         )
-    return DataSource(name, names, parts, tuple(notes))
+    source = DataSource(name, names, parts, tuple(notes))
+    return rename_classes(source, rename) if rename else source
+
+
+def _choice_of_folders(choice: ClassChoice, rename: Mapping[str, str]) -> ClassChoice:
+    """Return a choice of renamed classes by the names of their folders."""
+
+    def folders_of(names: Sequence[str]) -> tuple[str, ...]:
+        return (*names, *(old for old, new in rename.items() if new in names and old not in names))
+
+    return ClassChoice(folders_of(choice.only), folders_of(choice.without), choice.min_images)
 
 
 def _scan(scanner: Scanner, folders: Sequence[ClassFolder]) -> _Scan:
@@ -174,8 +214,6 @@ def _describe_ignored_files(scans: Iterable[_Scan]) -> list[str]:
 
 def _find_problems(
     scans: Mapping[str, _Scan],
-    names: Sequence[str],
-    root: Path,
     special: Sequence[str],
     choice: ClassChoice,
     tested: bool,
@@ -186,16 +224,17 @@ def _find_problems(
         return [unreadable]
     special_files = Problem("broken links, pipes or devices", special)
     judged = list(scans.values()) if tested else [scans["train"]]
+    names = sorted({name for scan in judged for name in scan.files})
     filled = {name for scan in judged for name, paths in scan.files.items() if paths}
     if not filled:
-        return [_no_images(names, judged), special_files]
+        return [_no_images(names, scans, judged), special_files]
     duplicates = [name for scan in scans.values() for name in scan.duplicates]
     problems = [Problem("class folders whose names differ only in their Unicode form", duplicates)]
     if tested:
         return problems
     problems += [
         # Those are left out, like all classes with fewer images.
-        *([] if choice.min_images else [_empty_classes(names, scans["train"])]),
+        *([] if choice.min_images else [_empty_classes(names, scans)]),
         _single_class(names, choice),
         *(_unknown_classes(split, scans[split], names) for split in SPLITS[1:] if split in scans),
     ]
@@ -213,32 +252,49 @@ def _unreadable_folders(scans: Mapping[str, _Scan]) -> Problem:
     return Problem("folders that can't be read", folders, "change their permissions or remove them")
 
 
-def _no_images(names: Sequence[str], scans: Sequence[_Scan]) -> Problem:
+def _no_images(
+    names: Sequence[str], scans: Mapping[str, _Scan], judged: Sequence[_Scan]
+) -> Problem:
     """Return the problem that there are no images, with the kinds of files that there are."""
-    ignored = sum((counts for scan in scans for counts in scan.ignored.values()), Counter[str]())
+    ignored = sum((counts for scan in judged for counts in scan.ignored.values()), Counter[str]())
     found = "".join(f" ({sentence})" for sentence in describe_ignored(ignored))
+    others = {split: sum(map(len, scan.files.values())) for split, scan in scans.items()}
+    if any(others.values()):
+        counts = ", ".join(f"{split} has {count:,}" for split, count in others.items() if count)
+        found = f" of train{found} ({counts})"
     fix = "convert the files to JPEG or PNG" if any(map(needs_conversion, ignored)) else LAYOUT_HELP
     return Problem(f"no images in any class folder{found}", names, fix)
 
 
-def _empty_classes(names: Sequence[str], scan: _Scan) -> Problem:
-    """Return the problem that classes have no images, with the other files that they have."""
-    empty = [name for name in names if not scan.files.get(name)]
+def _empty_classes(names: Sequence[str], scans: Mapping[str, _Scan]) -> Problem:
+    """Return the problem that classes have no training images, with what they have instead."""
+    empty = [name for name in names if not scans["train"].files.get(name)]
     items = []
     for name in empty:
-        ignored = [f"{count} {suffix or 'other'}" for suffix, count in scan.ignored[name].items()]
-        items.append(f"{name} ({list_examples(ignored)})" if ignored else name)
+        ignored = scans["train"].ignored[name]
+        found = [f"{count} {suffix or 'other'}" for suffix, count in ignored.items()]
+        found += [
+            f"{split} has {len(scan.files[name])}"
+            for split, scan in scans.items()
+            if scan.files.get(name)
+        ]
+        items.append(f"{name} ({list_examples(found)})" if found else name)
     fix = f"add images to them, or leave them out: {list_override('data.without', empty)}"
-    return Problem("class folders without images", items, fix)
+    where = " in train" if len(scans) > 1 else ""
+    return Problem(f"class folders{where} without images", items, fix)
 
 
 def _single_class(names: Sequence[str], choice: ClassChoice) -> Problem:
-    fix = "choose more classes" if choice.only or choice.without else ""
+    fix = f"{LAYOUT_HELP}, or {LIST_HELP}"
+    fix = "choose more classes" if choice.only or choice.without else fix
     return Problem("only one class folder", names if len(names) == 1 else [], fix)
 
 
 def _unknown_classes(split: str, scan: _Scan, names: Sequence[str]) -> Problem:
-    unknown, lacking = [], sorted(set(scan.files) - set(names))
+    unknown, lacking = list[str](), sorted(set(scan.files) - set(names))
+    numbers = unknown_classes(split, lacking, names)
+    if numbers.fix:
+        return numbers
     for name in lacking:
         similar = closest_match(name, names)
         unknown.append(f"{name!r} (train has {similar!r})" if similar else repr(name))

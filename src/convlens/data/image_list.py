@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,14 +17,20 @@ import numpy as np
 from convlens.data.class_names import (
     check_renamed,
     describe_similar,
+    format_rename,
+    is_missing_label,
+    may_be_missing_label,
     similar_class_names,
+    sort_classes,
     strip_invisible,
+    unknown_classes,
 )
 from convlens.data.image_paths import PathFinder
 from convlens.data.layout import (
     SPLITS,
     Problem,
     list_examples,
+    list_override,
     normalize_name,
     printable,
     raise_problems,
@@ -90,11 +96,6 @@ class ListContent:
 # Checks of single rows: message, whether a row fails, and how the message names it.
 _ROW_CHECKS: list[tuple[str, Callable[[ListRow], bool], Callable[[ListRow], str]]] = [
     (
-        "lines without a label",
-        lambda row: not row.label,
-        lambda row: f"line {row.line}",
-    ),
-    (
         "splits that are not train, val or test",
         lambda row: row.split is None,
         lambda row: row.split_cell,
@@ -130,7 +131,12 @@ _CONSISTENCY_CHECKS: list[
 
 
 def read_list(
-    path: Path, name: str, options: ListOptions = DEFAULT_OPTIONS, *, tested: bool = False
+    path: Path,
+    name: str,
+    options: ListOptions = DEFAULT_OPTIONS,
+    *,
+    tested: bool = False,
+    known_classes: Collection[str] = (),
 ) -> DataSource:
     """Read a file that lists images: one of `LIST_SUFFIXES`.
 
@@ -140,6 +146,7 @@ def read_list(
         name: name of the data set.
         options: how to read the list.
         tested: as in `sources.find_source`.
+        known_classes: labels that are classes, although they look like a missing one (`None`).
 
     Raises:
         DataError: lists everything that is wrong.
@@ -157,7 +164,9 @@ def read_list(
             f"not read: {list_examples(siblings)}; to read all splits, name the folder"
         )
     ids = [row.path for row in content.rows]
-    return make_source(content, path, name, ids, tested=tested, rename=options.rename)
+    return make_source(
+        content, path, name, ids, tested=tested, rename=options.rename, known_classes=known_classes
+    )
 
 
 def read_rows(path: Path, options: ListOptions) -> ListContent:
@@ -232,6 +241,7 @@ def make_source(
     *,
     tested: bool,
     rename: Mapping[str, str] | None = None,
+    known_classes: Collection[str] = (),
 ) -> DataSource:
     """Check all rows together and return them as a data source.
 
@@ -240,17 +250,19 @@ def make_source(
         ids: name of the image of each row.
         tested: as in `sources.find_source`.
         rename: new names of classes.
+        known_classes: as for `read_list`.
 
     Raises:
         DataError: lists everything that is wrong.
         UsageError: `rename` names a class that does not exist.
     """
+    missing = find_missing_labels(content.rows, {*known_classes, *(rename or ())})
     if rename:
         check_renamed(rename, sorted({row.label for row in content.rows}))
         renamed = [replace(row, label=rename.get(row.label, row.label)) for row in content.rows]
         content = replace(content, rows=renamed)
     rows = content.rows
-    names = _check_rows(content, where, tested)
+    names = _check_rows(content, where, tested, missing)
     notes = list(content.notes)
     first = {row.file: number for number, row in reversed(list(enumerate(rows)))}
     used = [number for number, row in enumerate(rows) if first[row.file] == number]
@@ -265,6 +277,12 @@ def make_source(
             f"classes that look like the same one: {describe_similar(group)} ({images} images); "
             "data.rename merges them"
         )
+    notes += [
+        f"the class {label} ({counts[label]:,} images) may stand for a missing label: "
+        f"{list_override('data.without', [label])} leaves it out"
+        for label in names
+        if may_be_missing_label(label) and label not in known_classes
+    ]
     number_of = {name: number for number, name in enumerate(names)}
     parts = {}
     for split in SPLITS:
@@ -279,15 +297,21 @@ def make_source(
     return DataSource(name, names, parts, tuple(notes))
 
 
-def _check_rows(content: ListContent, where: Path, tested: bool) -> tuple[str, ...]:
-    """Return the sorted class names.
+def _check_rows(
+    content: ListContent, where: Path, tested: bool, missing_labels: Collection[str]
+) -> tuple[str, ...]:
+    """Return the class names, sorted by name, or by number if all are numbers.
+
+    Args:
+        missing_labels: labels that are no classes.
 
     Raises:
         DataError: lists everything that is wrong.
     """
     rows = content.rows
     problems = [
-        Problem("lines with missing cells", [f"line {line}" for line in content.short_lines])
+        Problem("lines with missing cells", [f"line {line}" for line in content.short_lines]),
+        unlabeled_lines(rows, missing_labels),
     ]
     for message, fails, describe in _ROW_CHECKS:
         failing = dict.fromkeys(describe(row) for row in rows if fails(row))
@@ -302,8 +326,9 @@ def _check_rows(content: ListContent, where: Path, tested: bool) -> tuple[str, .
         fix = _MULTI_LABEL_HELP if message == _TWO_LABELS and len(keys) > 1 else ""
         problems.append(Problem(message, sorted(set(map(describe_key, keys))), fix))
     judged = SPLITS if tested else ("train",)
-    names = tuple(sorted({row.label for row in rows if row.split in judged}))
-    problems += _find_class_problems(rows, names, 1 if tested else 2)
+    labeled = [row for row in rows if row.label not in missing_labels]
+    names = sort_classes({row.label for row in labeled if row.split in judged})
+    problems += _find_class_problems(labeled, names, 1 if tested else 2)
     fix = "fix these lines and run the same command again"
     if missing.items:
         fix = content.fix or f"{fix}, or name the folder of the images: data.images=FOLDER"
@@ -311,6 +336,27 @@ def _check_rows(content: ListContent, where: Path, tested: bool) -> tuple[str, .
         fix = "name this column `partition` if 0, 1, 2 mean train, val, test, as in CelebA"
     raise_problems(problems, where, fix)
     return names
+
+
+def find_missing_labels(rows: Iterable[ListRow], known_classes: Collection[str]) -> set[str]:
+    """Return the labels that stand for a missing one, except those that are known to be classes."""
+    labels = {row.label for row in rows}
+    return {label for label in labels if is_missing_label(label) and label not in known_classes}
+
+
+def unlabeled_lines(rows: Iterable[ListRow], missing_labels: Collection[str]) -> Problem:
+    """Return the problem that lines have no label, or one of `missing_labels`."""
+    lines = [
+        f"line {row.line}" + (f" ({row.label})" if row.label else "")
+        for row in rows
+        if row.label in missing_labels
+    ]
+    without = list_override("data.without", sorted(missing_labels))
+    fix = f"write the labels, or leave these lines out: {without}"
+    if words := sorted(filter(None, missing_labels)):
+        example = format_rename(words[0], f"class {words[0]}")
+        fix += f"; if {words[0]} is a class, name all classes in data.classes, or {example}"
+    return Problem("lines without a label", lines, fix)
 
 
 def _may_be_image(file: str) -> bool:
@@ -337,8 +383,8 @@ def _find_class_problems(
         Problem("only one class", names if len(names) < min_classes else []),
     ]
     for split in SPLITS[1:]:
-        unknown = {row.label for row in rows if row.split == split and row.label} - set(names)
-        problems.append(Problem(f"classes in {split} that train lacks", sorted(unknown)))
+        unknown = {row.label for row in rows if row.split == split} - set(names)
+        problems.append(unknown_classes(split, sort_classes(unknown), names))
     return problems
 
 

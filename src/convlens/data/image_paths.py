@@ -19,7 +19,7 @@ from pathlib import PurePosixPath
 from urllib.parse import unquote
 
 from convlens.data.class_names import strip_invisible
-from convlens.data.layout import list_examples
+from convlens.data.layout import is_annotation_name, list_examples
 from convlens.data.scan import JUNK_FOLDERS, is_directory, is_regular_file
 from convlens.data.types import is_image_name
 
@@ -30,6 +30,8 @@ NUM_PROBES = 20  # paths that decide which folders are searched for all
 MAX_SHARE_SAMPLE = 2000  # values that decide whether a column contains paths
 
 _WINDOWS_DRIVE = re.compile(r"[A-Za-z]:/")
+# `/data/upload/1/abcd1234-cat.jpg`: Label Studio puts eight random digits before the name.
+_UPLOAD = re.compile(r"(?:^|/)upload/(?:\d+/)?[0-9a-f]{8}-([^/]+)$")
 
 
 @dataclass
@@ -84,6 +86,7 @@ class PathFinder:
         result = Resolution([], hints=hints)
         self._find_moved(files, result)
         self._find_in_other_folder(files, result)
+        self._find_uploaded(files, result)
         missing = [path for path, file in files.items() if file is None and path]
         if missing:
             self._explain(missing, result)
@@ -156,8 +159,11 @@ class PathFinder:
             return
         texts = _texts_without_common_folders(missing)
         probes = missing[:: max(1, len(missing) // NUM_PROBES)][:NUM_PROBES]
-        folders = self._folders_below() or self._folders_beside()
-        hits = [f for f in folders if any(self._find_in(f, texts[path]) for path in probes)]
+        folders, hits = list[str](), list[str]()
+        for folders in self._searched_folders():
+            hits = [f for f in folders if any(self._find_in(f, texts[path]) for path in probes)]
+            if hits:
+                break
         hits = hits[: max(1, MAX_COMPARISONS // len(missing))]
         if not hits:
             return
@@ -192,6 +198,25 @@ class PathFinder:
             )
             result.fix = f"data.images={name}" if are_all_missing else ""
 
+    def _find_uploaded(self, files: dict[str, str | None], result: Resolution) -> None:
+        """Find uploads to Label Studio under the names that they had before."""
+        names = {
+            path: match[1]
+            for path, file in files.items()
+            if file is None and (match := _UPLOAD.search(_clean(path)[0]))
+        }
+        if not names:
+            return
+        counts = Counter(names.values())
+        names = {path: name for path, name in names.items() if counts[name] == 1}
+        found = dict(zip(names, self.resolve(list(names.values())).files, strict=True))
+        if num_found := sum(file is not None for file in found.values()):
+            files.update(found)
+            result.notes.append(
+                f"{num_found:,} of {len(files):,} paths are uploads to Label Studio, which were "
+                "found under their original names"
+            )
+
     def _find_by_name(
         self, folders: Sequence[str], texts: Mapping[str, Sequence[str]]
     ) -> dict[str, str]:
@@ -218,6 +243,21 @@ class PathFinder:
             if len(matches) == 1:
                 return matches[0]
         return None
+
+    def _searched_folders(self) -> list[list[str]]:
+        """Return the folders that may hold the images, in groups, the likeliest first.
+
+        Folders below the list come before those beside it, and folders of annotations, such as
+        masks with the names of the images, come last.
+        """
+        below = self._folders_below()
+        are_annotations = is_annotation_name(os.path.basename(self._folder))
+        beside = self._folders_beside() if are_annotations or not below else []
+        groups = [
+            [f for f in folders if not any(map(is_annotation_name, self._relative(f).split("/")))]
+            for folders in (below, beside)
+        ]
+        return [*groups, below, beside]
 
     def _folders_below(self) -> list[str]:
         """Return the folders below those that paths are relative to, breadth first."""
@@ -263,6 +303,22 @@ class PathFinder:
                     return
 
 
+def is_url(text: str) -> bool:
+    """Return whether a text is an address with a scheme, such as `https://...` or `s3://...`."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) is not None and not is_file_url(text)
+
+
+def is_file_url(text: str) -> bool:
+    """Return whether a text is the address of a file on this machine: `file:///...`."""
+    return text[:5].lower() == "file:"
+
+
+def path_of_file_url(text: str) -> str:
+    """Return the path in the address of a file."""
+    path = unquote(re.sub(r"^//(localhost(?=/))?", "", text[5:]))
+    return path[1:] if _WINDOWS_DRIVE.match(path[1:]) else path
+
+
 def _clean(path: str) -> tuple[str, list[str]]:
     """Return a path in the notation of this system, and what was changed."""
     changes = []
@@ -272,9 +328,8 @@ def _clean(path: str) -> tuple[str, list[str]]:
     if "?d=" in text:  # Label Studio's address of a local file
         text = unquote(text.partition("?d=")[2])
         changes.append("from an address of Label Studio")
-    elif text[:5].lower() == "file:":
-        text = unquote(re.sub(r"^//(localhost(?=/))?", "", text[5:]))
-        text = text[1:] if _WINDOWS_DRIVE.match(text[1:]) else text
+    elif is_file_url(text):
+        text = path_of_file_url(text)
         changes.append("from a file:// address")
     if "\\" in text:
         text = text.replace("\\", "/")

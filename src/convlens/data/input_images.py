@@ -98,8 +98,9 @@ def collect_inputs(
     count = 0
     for each in images:
         if isinstance(each, str | os.PathLike):
+            name = str(os.fsdecode(each))  # also of NumPy's text and of paths in bytes
             found: list[InputImage | InputBatch] = [
-                InputImage(path, path) for path in _expand_path(os.fspath(each), missing)
+                InputImage(path, path) for path in _expand_path(name, missing)
             ]
         else:
             found = [_from_memory(each, count, channels)]
@@ -129,7 +130,14 @@ def _from_memory(value: Any, number: int, channels: str | None) -> InputImage | 
     if isinstance(value, InputImage):
         return value
     if isinstance(value, bytes | bytearray | memoryview):
-        return InputImage(name, bytes(value))
+        try:
+            return InputImage(name, bytes(value))
+        except ValueError as error:  # a memoryview that was released
+            raise UsageError(
+                f"a {type(value).__name__} can't be read: {error}",
+                where=f"image {name}",
+                fix=ACCEPTED,
+            ) from error
     if isinstance(value, Image.Image):
         if 0 in value.size:
             width, height = value.size

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ SPLIT_WORDS = {
     "train": "train",
     "training": "train",
     "trn": "train",
+    "trainval": "train",
     "val": "val",
     "valid": "val",
     "validate": "val",
@@ -38,10 +41,30 @@ _MAYBE_TEST_WORDS = frozenset({"holdout", "heldout", "eval", "evaluation"})
 _NEUTRAL_WORD = re.compile(
     r"(data)?sets?|data|splits?|part|subset|samples?|folder|dir|files|the|v|new|final|full|small|mini"
     r"|original|raw|resized|cropped|processed"
-    r"|images?|imgs?|pictures?|photos?"
+    r"|images?|imgs?|pictures?|photos?|jpe?gs?|pngs?"
 )
+_ANNOTATION_WORD = re.compile(
+    r"annot(ation)?s?|labels?|lists?|masks?|trimaps?|segmentations?|ground|truth|gt|box(es)?|bbox(es)?"
+    r"|meta(data)?|xmls?|jsons?|csvs?"
+)
+_HOLD_OUT = re.compile(r"h[oe]ld[ _.-]?out", re.IGNORECASE)
+_WORD = re.compile(r"[^\W\d_]+")
+# A word in camel case, or several letters of the same case.
+_HUMP = re.compile(r"[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])|[A-Z][^\W\d_A-Z]*")
 _UNLABELED_WORD = re.compile(r"pred(ict(ions?)?|s)?|unlabell?ed|submissions?|inference")
 LAYOUT_HELP = "make one folder per class, each with its images: FOLDER/<class>/*.jpg"
+LIST_HELP = "name a list of the images: a CSV file with the columns path,label"
+MIN_CLASS_FILES = 2  # files of each class that is read from the names of files
+# `cat.0`, `american_bulldog_12`, `dog (3)`: words, a separator, a number.
+_LABELED_NAME = re.compile(r"([^\W\d_]+(?:[ ._-][^\W\d_]+)*)[ ._(-]+\d+\)?")
+_NUMBERED_NAME = re.compile(r"(\d+)[ ._-]+\d+")
+# Words that cameras and programs put before the number of an image.
+_CAMERA_WORD = re.compile(
+    r"(img|dsc[nf]?|pict?|pxl|image|photo|picture|frame|scan|file|sample|screen ?shot|untitled"
+    r"|bild|vid(eo)?|mvi|gopr|dji|snapshot|download|unnamed|train|val|test|x|y|copy)s?"
+)
+# Text files that are not lists of labeled images although they may look like one.
+OTHER_TEXT_FILES = re.compile(r"readme|licen[sc]e|requirements|submission|^(classes|labels)\.txt$")
 MAX_EXAMPLES = 5  # items that a message lists before it counts the others
 
 
@@ -89,11 +112,13 @@ class SplitName:
         rest: the other words, in order: `("seg",)` for `seg_train`; empty for `train_set1`.
         may_be_test: the word is `holdout` or `evaluation`, which is a test split beside a
             validation split.
+        is_union: the word is `trainval`, which is the training split unless another name is.
     """
 
     split: str
     rest: tuple[str, ...] = ()
     may_be_test: bool = False
+    is_union: bool = False
 
 
 def parse_split_name(name: str) -> SplitName | None:
@@ -107,7 +132,8 @@ def parse_split_name(name: str) -> SplitName | None:
     if len({SPLIT_WORDS[word] for word in found}) != 1:
         return None
     rest = tuple(word for word in words if word not in SPLIT_WORDS)
-    return SplitName(SPLIT_WORDS[found[0]], rest, found[0] in _MAYBE_TEST_WORDS)
+    word = found[0]
+    return SplitName(SPLIT_WORDS[word], rest, word in _MAYBE_TEST_WORDS, word == "trainval")
 
 
 def split_words(name: str) -> list[str]:
@@ -116,12 +142,13 @@ def split_words(name: str) -> list[str]:
     The neutral words are also cut off the end of a word for a split: `trainset` is `train set`.
     """
     words = list[str]()
-    for word in re.findall(r"[^\W\d_]+", name):
+    name = _HOLD_OUT.sub(lambda match: match[0][:4].casefold() + "out", name)
+    for word in _WORD.findall(name):
         # `TRAINset` has no camel case; `seg` and `Train` in `segTrain` are words.
         whole = _cut_neutral_word(word.casefold())
-        humps = re.findall(r"[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])|[A-Z][^\W\d_A-Z]*", word)
+        humps = _HUMP.findall(word)
         words += whole if whole[0] in SPLIT_WORDS else map(str.casefold, humps)
-    text = re.sub(r"\bh(o|e)ld out\b", r"h\1ldout", " ".join(words))
+    text = re.sub(r"\btrain (and )?val\b", "trainval", " ".join(words))
     return [part for word in text.split() for part in _cut_neutral_word(word)]
 
 
@@ -150,6 +177,7 @@ def match_split_names(names: Iterable[str]) -> dict[str, str]:
       name.
     - `holdout` and `evaluation` are the validation split, or the test split if another name is the
       former.
+    - `trainval` is the training split, unless another name is: then it holds what two others hold.
     """
     names = list(names)
     parsed = {name: found for name in names if (found := parse_split_name(name))}
@@ -164,6 +192,8 @@ def match_split_names(names: Iterable[str]) -> dict[str, str]:
     }
     exact = {name: found for name, found in matched.items() if not found.rest}
     matched = exact or matched
+    if any(found.split == "train" and not found.is_union for found in matched.values()):
+        matched = {name: found for name, found in matched.items() if not found.is_union}
     plain = {found.split for found in matched.values() if not found.may_be_test}
     held_out = "test" if "val" in plain and "test" not in plain else "val"
     return {name: held_out if found.may_be_test else found.split for name, found in matched.items()}
@@ -174,6 +204,27 @@ def is_neutral_name(name: str) -> bool:
     return all(map(_NEUTRAL_WORD.fullmatch, split_words(name)))
 
 
+def is_annotation_name(name: str) -> bool:
+    """Return whether a name is that of annotations beside images, such as `labels` or `gt_test`."""
+    words = [word for word in split_words(name) if word not in SPLIT_WORDS]
+    if "segmentation" in words:  # `SegmentationClass` and `SegmentationObject` of Pascal VOC
+        words = [word for word in words if word not in ("class", "object")]
+    has_word = any(map(_ANNOTATION_WORD.fullmatch, words))
+    return has_word and all(
+        _ANNOTATION_WORD.fullmatch(word) or _NEUTRAL_WORD.fullmatch(word) for word in words
+    )
+
+
+def name_without_split(name: str) -> str:
+    """Return a name without its word for a split: `cats` for `cats_train`, `A` for `trainA`."""
+    separators = " _-.()"
+    for part in itertools.chain(_WORD.finditer(name), _HUMP.finditer(name)):
+        if _cut_neutral_word(part[0].casefold())[0] in SPLIT_WORDS:
+            before, after = name[: part.start()].rstrip(separators), name[part.end() :]
+            return f"{before} {after.lstrip(separators)}".strip(separators)
+    return name
+
+
 def is_unlabeled_name(name: str) -> bool:
     """Return whether a name is that of images to predict, like `seg_pred`."""
     return any(map(_UNLABELED_WORD.fullmatch, split_words(name)))
@@ -182,6 +233,48 @@ def is_unlabeled_name(name: str) -> bool:
 def normalize_name(name: str) -> str:
     """Return a class name in composed Unicode (NFC), without surrounding blanks."""
     return unicodedata.normalize("NFC", name).strip()
+
+
+def group_by_label(names: Iterable[str]) -> dict[str, list[str]] | None:
+    """Return file names by the label in front of their number: `cat.0.jpg`, `dog_1.jpg`, `3_7.jpg`.
+
+    Returns:
+        None if a name has no such label, or only the word of a camera or a program (`IMG_1.jpg`);
+        or if some labels are numbers and others are not.
+    """
+    files: dict[str, list[str]] = {}
+    for name in names:
+        stem = os.path.splitext(name)[0]
+        match = _LABELED_NAME.fullmatch(stem) or _NUMBERED_NAME.fullmatch(stem)
+        if match is None or _CAMERA_WORD.fullmatch(match[1].casefold()):
+            return None
+        files.setdefault(normalize_name(match[1]), []).append(name)
+    return files if len({label.isdecimal() for label in files}) < 2 else None
+
+
+def labels_from_names(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return file names by label if these are certainly the classes, else nothing.
+
+    There must be at least two labels with two files each, and no labels that differ only in case.
+    Labels that are numbers must be all numbers from 0 or 1 on.
+    """
+    files = group_by_label(names) or {}
+    is_complete = len(files) > 1 and min(map(len, files.values())) >= MIN_CLASS_FILES
+    is_unique = len({label.casefold() for label in files}) == len(files)
+    are_words = not any(map(str.isdecimal, files))
+    return files if is_complete and is_unique and (are_words or _are_numbered(files)) else {}
+
+
+def _are_numbered(files: Mapping[str, Sequence[str]]) -> bool:
+    """Return whether the first numbers in the names `3_7.jpg` can only be those of classes.
+
+    They must be fewer than the second numbers: in `2019_1.jpg`, the first one may be a year, and
+    in `1_2.jpg` to `9_2.jpg` the second one may be the class.
+    """
+    numbers = sorted(map(int, files))
+    seconds = {int(re.findall(r"\d+", name)[1]) for group in files.values() for name in group}
+    are_all = numbers in (list(range(len(numbers))), list(range(1, len(numbers) + 1)))
+    return are_all and len(numbers) < len(seconds)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from convlens.data.class_names import strip_invisible
 from convlens.data.layout import (
+    group_by_label,
     list_examples,
     match_split_names,
     parse_split_name,
@@ -137,6 +138,8 @@ _FER2013 = {"publictest": "val", "privatetest": "test"}  # the competition's val
 _CELEBA = {"0": "train", "1": "val", "2": "test"}
 _TRUE = frozenset({"true", "t", "yes", "y", "1", "1.0"})
 _FALSE = frozenset({"false", "f", "no", "n", "0", "0.0", ""})
+# Words beside that of a split in the name of a column of flags: `used_for_training`.
+_FLAG_WORDS = frozenset({"is", "in", "for", "flag", "use", "used", "to", "as", "mask"})
 _INTEGER = re.compile(r"[+-]?\d+(\.0*)?")
 
 
@@ -265,7 +268,7 @@ def interpret_table(
         DataError: columns are missing or ambiguous, or images have several labels.
         UsageError: a column that `options` names does not exist.
     """
-    header, lines, header_notes = _split_header(table, options, is_file)
+    header, lines, header_notes = _split_header(table, options, is_file, share_of_files)
     short = [number for number, cells in lines if len(cells) < len(header)]
     lines = [(number, cells) for number, cells in lines if len(cells) >= len(header)]
     columns = _Columns(
@@ -291,8 +294,17 @@ def interpret_table(
     if label_column is not None:
         columns.used.add(label_column)
         labels = columns.cells[label_column]
+        if header_notes and len(header) > 2 and _is_numeric(labels):
+            names = _names_of_numbers(labels, columns.cells[path_column])
+            if names:
+                labels = names
+                columns.notes.append(
+                    f"labels are those in the names of the files, whose classes have the numbers "
+                    f"of {header[label_column]}"
+                )
         _refuse_several_labels(labels, columns)
-    split_cells, splits = _find_splits(columns, options, has_labels=label_column is not None)
+    has_labels = label_column is not None or bool(_class_columns(columns))
+    split_cells, splits = _find_splits(columns, options, has_labels=has_labels)
     if label_column is None:
         labels = _labels_without_column(columns, columns.cells[path_column])
     _note_folds(columns, splits is not None and "test" in splits)
@@ -309,7 +321,10 @@ def interpret_table(
 
 
 def _split_header(
-    table: Table, options: ListOptions, is_file: Callable[[str], bool]
+    table: Table,
+    options: ListOptions,
+    is_file: Callable[[str], bool],
+    share_of_files: Callable[[Sequence[str]], float],
 ) -> tuple[list[str], list[Line], list[str]]:
     """Return the column names, the lines with data, and notes."""
     if table.columns is not None:
@@ -320,6 +335,10 @@ def _split_header(
     requested = (options.path_column, options.label_column, options.split_column, options.group)
     is_header = any(name in first for name in requested if name is not None)
     paths = [i for i, cell in enumerate(first) if is_file(cell) or is_image_name(_base_name(cell))]
+    if not paths and not is_header and not any(map(is_known_column, first)):
+        # `Abyssinian_100 1 1 1`: a path without its extension.
+        has_number = any(map(str.isdecimal, first[0]))
+        paths = [0] if has_number and share_of_files(first[:1]) else []
     if is_header or not paths:
         return first, table.lines[1:], []
     # The first line names an image, so it is data.
@@ -462,10 +481,23 @@ def _is_one_to_one(cells: Sequence[str], others: Sequence[str]) -> bool:
     return len({a for a, _ in pairs}) == len({b for _, b in pairs}) == len(pairs)
 
 
+def _names_of_numbers(labels: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """Return the labels in the names of the files if these name the classes that are numbered.
+
+    `Abyssinian_100 1 1 1` and `beagle_3 5 2 1`: 1 is `Abyssinian`, 5 is `beagle`. Empty if the
+    names don't fit the numbers one to one.
+    """
+    names = list[str]()
+    for path in paths:
+        names += group_by_label([_base_name(path)]) or ()
+    are_words = len(names) == len(labels) and not any(map(str.isdecimal, names))
+    return names if are_words and _is_one_to_one(labels, names) else []
+
+
 def _refuse_several_labels(labels: Sequence[str], columns: _Columns) -> None:
     """Raise an error if images have several labels, such as `cat|dog` or `["cat", "dog"]`."""
     distinct = set(labels)
-    several = {label for label in distinct if label.startswith("[") and len(_json_list(label)) > 1}
+    several = {label for label in distinct if len(_json_list(label)) > 1}
     for separator in "|;,":
         joined = {label for label in distinct if separator in label.strip(separator)}
         parts = {part.strip() for label in joined for part in label.split(separator)}
@@ -479,10 +511,14 @@ def _refuse_several_labels(labels: Sequence[str], columns: _Columns) -> None:
 
 
 def _json_list(text: str) -> list[object]:
+    """Return the labels in `["cat", "dog"]` and in Label Studio's `{"choices": ["cat", "dog"]}`."""
+    if not text.startswith(("[", "{")):
+        return []
     try:
         value = json.loads(text)
     except ValueError:
         return []
+    value = value.get("choices") if isinstance(value, dict) else value
     return value if isinstance(value, list) else []
 
 
@@ -503,7 +539,7 @@ def _labels_without_column(columns: _Columns, paths: Sequence[str]) -> list[str]
     """
     ignored = {*columns.used, *columns.find(FOLD_COLUMNS)}
     rest = [i for i in range(len(columns.names)) if i not in ignored]
-    binary = [i for i in rest if _is_binary(columns.cells[i])]
+    binary = _class_columns(columns) or _binary_columns(columns)
     if len(binary) > 1:
         return _one_hot_labels(columns, binary, paths)
     folders = [re.split(r"[/\\]", path)[-2:-1] for path in paths]
@@ -521,6 +557,25 @@ def _labels_without_column(columns: _Columns, paths: Sequence[str]) -> list[str]
         names = ", ".join(columns.names[i] for i in possible[:5])
         fix = f"say which column is the label: data.label_column=NAME ({names})"
     raise _missing_column("label", columns, fix)
+
+
+def _class_columns(columns: _Columns) -> list[int]:
+    """Return the unused columns of zeros and ones of which exactly one is one in each line.
+
+    Columns named like splits are not among them. Empty if there are no such columns.
+    """
+    binary = [i for i in _binary_columns(columns) if parse_split_name(columns.names[i]) is None]
+    num_ones = {
+        sum(cell.casefold() in _TRUE for cell in cells)
+        for cells in zip(*(columns.cells[i] for i in binary), strict=True)
+    }
+    return binary if len(binary) > 1 and num_ones == {1} else []
+
+
+def _binary_columns(columns: _Columns) -> list[int]:
+    ignored = {*columns.used, *columns.find(FOLD_COLUMNS)}
+    unused = [i for i in range(len(columns.names)) if i not in ignored]
+    return [i for i in unused if _is_binary(columns.cells[i])]
 
 
 def _is_binary(cells: Sequence[str]) -> bool:
@@ -566,7 +621,7 @@ def _find_splits(
         if is_none:
             return nothing
         column = columns.requested(options.split_column, "data.split_column")
-        is_flag = _flag_split(columns.names[column]) is not None
+        is_flag = _marked_split(columns.names[column]) is not None
         reading = _read_flags(columns, [column]) if is_flag else None
         reading = reading or _read_split_column(columns, column)
         return _use_splits([reading], columns)
@@ -599,13 +654,6 @@ def _use_splits(
 def _split_readings(columns: _Columns, has_labels: bool) -> list[_SplitReading]:
     """Return the readings of all columns that hold splits."""
     readings = []
-    flags = columns.find(FLAG_COLUMNS)
-    if has_labels:  # otherwise `train` may be a class with a column of zeros and ones
-        flags += [
-            column
-            for column, name in enumerate(columns.names)
-            if _flag_split(name) and column not in (*flags, *columns.used)
-        ]
     for column in columns.find(SPLIT_COLUMNS):
         reading = _read_split_column(columns, column)
         if any(cell and split for cell, split in zip(reading.cells, reading.splits, strict=True)):
@@ -617,17 +665,20 @@ def _split_readings(columns: _Columns, has_labels: bool) -> list[_SplitReading]:
                 f"not read as a split: {columns.describe(column)} (data.split_column="
                 f"{_quote(columns.names[column])} reads it)"
             )
-    if reading_of_flags := _read_flags(columns, flags):
-        readings.append(reading_of_flags)
     named = {*columns.find((*SPLIT_COLUMNS, *FLAG_COLUMNS, *FOLD_COLUMNS)), *columns.used}
+    by_content = []
     for column in range(len(columns.names)):
         if column in named:
             continue
         reading = _read_split_column(columns, column)
         splits = {s for s, c in zip(reading.splits, reading.cells, strict=True) if c.strip()}
         if None not in splits and len(splits) > 1:
-            readings.append(reading)
-    return readings
+            by_content.append(reading)
+    has_splits = bool(readings or by_content)
+    flags = _flag_columns(columns, has_labels=has_labels, has_splits=has_splits)
+    if reading_of_flags := _read_flags(columns, flags):
+        readings.append(reading_of_flags)
+    return readings + by_content
 
 
 def _read_split_column(columns: _Columns, column: int) -> _SplitReading:
@@ -656,8 +707,53 @@ def _flag_split(name: str) -> str | None:
     if (split := FLAG_COLUMNS.get(fold_column(name))) is not None:
         return split
     parsed = parse_split_name(name)
-    is_flag = parsed and parsed.rest in ((), ("is",)) and "valid" not in split_words(name)
+    is_flag = parsed and _FLAG_WORDS.issuperset(parsed.rest) and "valid" not in split_words(name)
     return parsed.split if parsed and is_flag else None
+
+
+def _marked_split(name: str) -> str | None:
+    """Return the split that a column marks if it is one of flags, as `data.split_column` says."""
+    parsed = parse_split_name(name)
+    return _flag_split(name) or (parsed.split if parsed else None)
+
+
+def _flag_columns(columns: _Columns, *, has_labels: bool, has_splits: bool) -> list[int]:
+    """Return the columns of flags for splits, and note those that are not used.
+
+    Args:
+        has_labels: otherwise `train` may be a class with a column of zeros and ones.
+        has_splits: another column holds the splits.
+    """
+    flags = columns.find(FLAG_COLUMNS)
+    if not has_labels:
+        return flags
+    named = [c for c in range(len(columns.names)) if c not in (*flags, *columns.used)]
+    flags += [column for column in named if _flag_split(columns.names[column])]
+    flags = [column for column in flags if _are_flags(columns.cells[column])]
+    for column in named:
+        name, cells = columns.names[column], columns.cells[column]
+        is_possible = parse_split_name(name) is not None and any(cells) and _are_flags(cells)
+        if column in flags or not is_possible:
+            continue
+        # An image is valid if it is in order, too, but then most images are.
+        marked = [cell.casefold() in _TRUE for cell in cells]
+        is_minority = not flags and not has_splits and 0 < sum(marked) < len(marked) / 2
+        is_complement = bool(flags) and not any(
+            is_marked and any(columns.cells[flag][line].casefold() in _TRUE for flag in flags)
+            for line, is_marked in enumerate(marked)
+        )
+        if fold_column(name) == "valid" and (is_minority or is_complement):
+            flags.append(column)
+        else:
+            columns.notes.append(
+                f"not read as a split: {columns.describe(column)} (data.split_column="
+                f"{_quote(name)} reads it)"
+            )
+    return flags
+
+
+def _are_flags(cells: Sequence[str]) -> bool:
+    return {cell.casefold() for cell in cells} <= _TRUE | _FALSE
 
 
 def _read_flags(columns: _Columns, flags: Sequence[int]) -> _SplitReading | None:
@@ -665,10 +761,10 @@ def _read_flags(columns: _Columns, flags: Sequence[int]) -> _SplitReading | None
 
     Lines without a flag are training images, or else (with `is_train`) test images.
     """
-    flags = [c for c in flags if {v.casefold() for v in columns.cells[c]} <= _TRUE | _FALSE]
+    flags = [column for column in flags if _are_flags(columns.cells[column])]
     if not flags:
         return None
-    split_of = {column: _flag_split(columns.names[column]) for column in flags}
+    split_of = {column: _marked_split(columns.names[column]) for column in flags}
     unused = [split for split in ("train", "test", "val") if split not in split_of.values()]
     rest = unused[0] if unused else None
     cells, splits = list[str](), list[str | None]()

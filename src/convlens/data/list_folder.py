@@ -8,57 +8,90 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from convlens.data.class_names import rename_classes
+from convlens.data.class_names import check_renamed, unknown_classes
 from convlens.data.image_folder import read_folder
-from convlens.data.image_list import LIST_SUFFIXES, ListContent, make_source, read_rows
+from convlens.data.image_list import (
+    LIST_SUFFIXES,
+    ListContent,
+    find_missing_labels,
+    make_source,
+    read_rows,
+    unlabeled_lines,
+)
 from convlens.data.layout import (
+    OTHER_TEXT_FILES,
     SPLITS,
     Problem,
+    is_annotation_name,
+    is_neutral_name,
     list_examples,
     match_split_names,
     raise_problems,
     split_from_name,
 )
 from convlens.data.list_columns import DEFAULT_OPTIONS, ListOptions, is_path_pattern
-from convlens.data.scan import JUNK_FOLDERS, is_directory, is_regular_file, scan_entries
+from convlens.data.scan import (
+    JUNK_FOLDERS,
+    Folder,
+    enter_wrappers,
+    is_directory,
+    is_regular_file,
+    scan_entries,
+)
 from convlens.data.types import DataSource, FilePaths, Part, is_image_name
 from convlens.errors import ConvlensError, DataError, UsageError
 
-# Text files that are not lists of labeled images although they may look like one.
-_OTHER_FILES = re.compile(r"readme|licen[sc]e|requirements|submission|^(classes|labels)\.txt$")
+# Folders of lists besides those of annotations, such as `annotations` and `labels`.
+_LIST_FOLDERS = re.compile(r"splits?|info|image_?sets?|meta")
 MAX_LISTS = 20  # in a folder
-MAX_WRAPPERS = 4  # folders with a single folder inside that are entered one after the other
 
 
 def find_lists(folder: Path) -> list[Path]:
-    """Return the files that may be lists of images, in `folder` and in its folders of splits.
+    """Return the files that may be lists of images in `folder`.
 
-    If there is nothing but one folder in `folder`, as archives are often unpacked, it is searched
+    Folders of splits and of annotations inside are searched, too, or else those without images. If
+    there is nothing but one folder in `folder`, as archives are often unpacked, it is searched
     instead.
     """
     folder = _unwrap(folder)
-    split_folders = [path for path in _subfolders(folder) if split_from_name(path.name)]
-    return [path for parent in (folder, *split_folders) for path in _candidates(parent)]
+    subfolders = _subfolders(folder)
+    image_folders = [path for path in subfolders if is_neutral_name(path.name)]
+    found = _candidates(folder)
+    for path in subfolders:
+        if split_from_name(path.name):
+            found += _candidates(path)
+        elif is_annotation_name(path.name) or _LIST_FOLDERS.fullmatch(path.name.lower()):
+            found += _candidates(path, image_folders)
+    if not found and len(subfolders) <= MAX_LISTS:  # a folder with another name
+        without_images = [
+            path
+            for path in subfolders
+            if os.access(path, os.R_OK | os.X_OK) and not Folder(str(path)).holds_images
+        ]
+        found = [file for path in without_images for file in _candidates(path, image_folders)]
+    return found
 
 
-def _candidates(folder: Path) -> list[Path]:
+def _candidates(folder: Path, image_folders: Iterable[Path] = ()) -> list[Path]:
     """Return the files in `folder` that may be lists, but not those that belong to single images.
 
-    Those have the name of their image (`1.jpg`, `1.txt`), or there are many of them.
+    Those have the name of their image (`1.jpg`, `1.txt`), which is in `folder` or one of
+    `image_folders`, or there are many of them.
     """
     entries = sorted(scan_entries(folder), key=lambda entry: entry.name)
-    images = {os.path.splitext(entry.name)[0] for entry in entries if is_image_name(entry.name)}
+    beside = [entry for path in image_folders for entry in scan_entries(path)]
+    images = {os.path.splitext(e.name)[0] for e in [*entries, *beside] if is_image_name(e.name)}
     candidates = [
         Path(entry.path)
         for entry in entries
         if entry.name.lower().endswith(LIST_SUFFIXES)
-        and not _OTHER_FILES.search(entry.name.lower())
+        and not OTHER_TEXT_FILES.search(entry.name.lower())
         and os.path.splitext(entry.name)[0] not in images
         and is_regular_file(entry)
     ]
@@ -72,13 +105,14 @@ def read_listed_folder(
     *,
     read_class_folders: Callable[..., DataSource] = read_folder,
     tested: bool = False,
+    known_classes: Collection[str] = (),
 ) -> DataSource:
     """Read a folder in which there are files that may be lists (`find_lists`).
 
     Args:
         root: contains class folders, or one list, or lists named after splits, or folders named
             after splits with a list in each.
-        name, options, tested: as for `read_list`.
+        name, options, tested, known_classes: as for `read_list`.
         read_class_folders: reads class folders, with the arguments of `read_folder`.
 
     Raises:
@@ -92,34 +126,50 @@ def read_listed_folder(
     if _has_class_folders(root) and not has_options:
         split_lists = _lists_of_split_folders(root, lists)
         if split_lists:
-            source = _read_folders_and_lists(root, name, split_lists, read_class_folders, tested)
-        else:
-            notes = _compare_with_folders(root, name, lists)
-            source = read_class_folders(root, name, tested=tested)
-            source = replace(source, notes=(*source.notes, *notes))
-        return rename_classes(source, options.rename) if options.rename else source
+            return _read_folders_and_lists(
+                root,
+                name,
+                split_lists,
+                read_class_folders,
+                options.rename or {},
+                known_classes,
+                tested,
+            )
+        notes = _compare_with_folders(root, name, lists)
+        source = read_class_folders(root, name, rename=options.rename, tested=tested)
+        return replace(source, notes=(*source.notes, *notes))
     if not lists and has_options:
         raise next(iter(errors.values()))
     if not lists:
         try:
-            source = read_class_folders(root, name, tested=tested)
+            source = read_class_folders(root, name, rename=options.rename, tested=tested)
         except DataError as error:
             raise _explain_unusable(error, root, errors) from error
-        source = replace(source, notes=(*source.notes, *_describe_unused(errors, root)))
-        return rename_classes(source, options.rename) if options.rename else source
-    content, ids = _join_lists(root, name, lists)
+        return replace(source, notes=(*source.notes, *_describe_unused(errors, root)))
+    for path, rows in lists.items():
+        # Lists of annotations may be about something else than the classes.
+        if path.parent != root and not has_options and _has_wrapped_class_folders(root):
+            pairs = _label_pairs(rows, root)
+            if not _is_one_to_one(pairs):
+                raise _two_readings(path, pairs, root, name)
+    content, ids = _join_lists(root, name, lists, tested=tested)
     content.notes += _describe_unused(errors, root)
-    return make_source(content, root, name, ids, tested=tested, rename=options.rename)
+    return make_source(
+        content, root, name, ids, tested=tested, rename=options.rename, known_classes=known_classes
+    )
 
 
 def _unwrap(folder: Path) -> Path:
-    """Return the folder inside, if there is nothing else in `folder`."""
-    for _ in range(MAX_WRAPPERS):
-        entries = [e for e in scan_entries(folder) if e.name not in JUNK_FOLDERS]
-        if len(entries) != 1 or not is_directory(entries[0]) or split_from_name(entries[0].name):
-            break
-        folder = Path(entries[0].path)
-    return folder
+    """Return the folder that holds the set: `folder`, or one inside if there is nothing else."""
+    return Path(enter_wrappers(Folder(str(folder)), _wrapped_folder).path)
+
+
+def _wrapped_folder(outer: Folder) -> Folder | None:
+    """Return the only folder inside, unless there are images or lists beside it."""
+    folders = outer.subfolders
+    if len(folders) != 1 or split_from_name(folders[0].name) or outer.has_images:
+        return None
+    return None if _candidates(Path(outer.path)) else folders[0]
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -131,18 +181,31 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _has_class_folders(root: Path) -> bool:
-    """Return whether several folders hold images or folders, in `root` or in that of a split."""
+    """Return whether there are several class folders, in `root` or in the folder of a split."""
     split_folders = [path for path in _subfolders(root) if split_from_name(path.name)]
-    return any(len(_filled_folders(folder)) > 1 for folder in split_folders or [root])
+    return any(len(_class_folders(folder)) > 1 for folder in split_folders or [root])
 
 
-def _filled_folders(folder: Path) -> list[Path]:
-    """Return the folders in `folder` that hold images or folders."""
-    return [
+def _has_wrapped_class_folders(root: Path) -> bool:
+    """Return whether there are several class folders in the only folder of images, `images/*`."""
+    folders = [path for path in _subfolders(root) if is_neutral_name(path.name)]
+    return len(folders) == 1 and len(_class_folders(folders[0])) > 1
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    """Return the folders in `folder` that hold images or folders.
+
+    There are none if these are images and their annotations, such as masks.
+    """
+    filled = [
         path
         for path in _subfolders(folder)
         if any(is_image_name(entry.name) or is_directory(entry) for entry in scan_entries(path))
     ]
+    annotations = [path for path in filled if is_annotation_name(path.name)]
+    images = [path for path in filled if path not in annotations]
+    are_classes = not annotations or not all(is_neutral_name(path.name) for path in images)
+    return filled if are_classes else []
 
 
 def _read_lists(
@@ -182,22 +245,37 @@ def _explain_unusable(
 
 
 def _join_lists(
-    root: Path, name: str, lists: Mapping[Path, ListContent]
+    root: Path, name: str, lists: Mapping[Path, ListContent], *, tested: bool
 ) -> tuple[ListContent, list[str]]:
     """Return the rows of all lists, and the path of each image below `root`.
 
     Raises:
-        DataError: there are several lists, but not one for each split.
+        DataError: there are several lists, but not one for each split; or none for training.
     """
-    names = {path: _relative(path, root) for path in lists}
+    all_names = {path: _relative(path, root) for path in lists}
     split_of = _splits_of_lists(lists, root)
-    if len(lists) > 1 and (None in split_of.values() or len(set(split_of.values())) < len(lists)):
+    lists = _leave_out_repeated(lists, split_of)
+    names = {path: all_names[path] for path in lists}
+    splits = [split_of[path] for path in lists]
+    if len(lists) > 1 and (None in splits or len(set(splits)) < len(lists)):
         raise DataError(
             f"several lists of images in this folder: {list_examples(list(names.values()))}",
             where=str(root),
             fix=f"name one of them: {os.path.join(name, next(iter(names.values())))}",
         )
+    if not tested and splits and "train" not in splits and None not in splits:
+        # Named alone, a list has no split but that in its columns.
+        raise DataError(
+            f"there is no list of training images, only {list_examples(list(names.values()))}",
+            where=str(root),
+            fix=f"to train on these images, name the list: "
+            f"{os.path.join(name, next(iter(names.values())))}",
+        )
+
     joined = ListContent(notes=[f"read from {list_examples(list(names.values()))}"])
+    repeated = [shown for path, shown in all_names.items() if path not in lists]
+    if repeated:
+        joined.notes.append(f"not read, since they repeat other lists: {list_examples(repeated)}")
     for path, content in lists.items():
         in_list = f" of {names[path]}" if len(lists) > 1 else ""
         for row in content.rows:
@@ -210,6 +288,27 @@ def _join_lists(
         joined.hints += content.hints
         joined.fix = joined.fix or content.fix
     return joined, [_relative(Path(row.file or row.path), root) for row in joined.rows]
+
+
+def _leave_out_repeated(
+    lists: Mapping[Path, ListContent], split_of: Mapping[Path, str | None]
+) -> dict[Path, ListContent]:
+    """Return the lists without those that repeat others.
+
+    These are copies in another format (`train.json`, `train.txt`), and lists without a split whose
+    images are all in those of splits (`list.txt`, `train.txt` and `test.txt`).
+    """
+    labels = {path: {(row.file, row.label) for row in lists[path].rows} for path in lists}
+    kept = dict[Path, ListContent]()
+    for path in sorted(lists, key=lambda path: split_of[path] is None):  # those of splits first
+        copies = [other for other in kept if (other.parent, other.stem) == (path.parent, path.stem)]
+        of_splits = [labels[other] for other in kept if split_of[other]]
+        has_own_splits = any(row.split_cell for row in lists[path].rows)
+        is_copy = any(labels[other] == labels[path] for other in copies)
+        is_union = split_of[path] is None and labels[path] <= set[object]().union(*of_splits)
+        if not (is_copy or (is_union and not has_own_splits)):
+            kept[path] = lists[path]
+    return kept
 
 
 def _splits_of_lists(paths: Iterable[Path], root: Path) -> dict[Path, str | None]:
@@ -232,7 +331,7 @@ def _lists_of_split_folders(
     found: dict[str, tuple[Path, ListContent]] = {}
     for folder in _subfolders(root):
         split = split_from_name(folder.name)
-        if split is None or len(_filled_folders(folder)) > 1:
+        if split is None or len(_class_folders(folder)) > 1:
             continue
         for path, content in lists.items():
             if path.parent == folder or split_from_name(path.stem) == split:
@@ -245,42 +344,51 @@ def _read_folders_and_lists(
     name: str,
     lists: Mapping[str, tuple[Path, ListContent]],
     read_class_folders: Callable[..., DataSource],
+    rename: Mapping[str, str],
+    known_classes: Collection[str],
     tested: bool,
 ) -> DataSource:
     """Read splits with class folders, and the other splits by their lists."""
-    folders = {split_from_name(f.name): f for f in _subfolders(root) if len(_filled_folders(f)) > 1}
+    folders = {split_from_name(f.name): f for f in _subfolders(root) if len(_class_folders(f)) > 1}
     if "train" not in folders and not tested:
         raise DataError("no train folder with class folders", where=str(root))
     sources = {
-        # Classes of the lists are chosen afterwards, so those of the folders are, too.
+        # Classes of the lists are chosen and renamed afterwards, so those of the folders are, too.
         split: read_class_folders(folders[split], name, choice=None, tested=split != "train")
         for split in SPLITS
         if split in folders
     }
     labels = {row.label for _, content in lists.values() for row in content.rows}
-    source = sources.get("train")
-    classes = sorted({*labels, *(c for s in sources.values() for c in s.classes)})
-    classes = list(source.classes) if source is not None and not tested else classes
+    check_renamed(rename, sorted(labels.union(*(s.classes for s in sources.values()))))
+    renamed = {
+        split: [rename.get(each, each) for each in source.classes]
+        for split, source in sources.items()
+    }
+    classes = sorted({rename.get(label, label) for label in labels}.union(*renamed.values()))
+    classes = classes if tested else sorted(set(renamed["train"]))
+    no_labels = set[str]()
     parts, notes, problems = dict[str, Part](), list[str](), list[Problem]()
     for split in SPLITS:
         if split in sources:
             part = sources[split].parts["train"]
             ids = [f"{folders[split].name}/{image_id}" for image_id in part.ids]
-            class_names = [sources[split].classes[label] for label in part.labels]
+            class_names = [renamed[split][label] for label in part.labels]
             images, notes = part.images, [*notes, *sources[split].notes]
         elif split in lists:
             path, content = lists[split]
             rows = content.rows
             ids = [_relative(Path(row.file or row.path), root) for row in rows]
-            class_names = [row.label for row in rows]
+            class_names = [rename.get(row.label, row.label) for row in rows]
             images = FilePaths([row.file or "" for row in rows])
             notes += [f"{split} is read from {_relative(path, root)}", *content.notes]
+            no_labels = find_missing_labels(rows, {*known_classes, *rename, *classes})
+            problems.append(unlabeled_lines(rows, no_labels))
             missing = [row.path for row in rows if row.file is None]
             problems.append(Problem("files that do not exist", missing))
         else:
             continue
-        unknown = sorted(set(class_names) - set(classes))
-        problems.append(Problem(f"classes in {split} that train lacks", unknown))
+        unknown = sorted(set(class_names) - {*classes, *no_labels})
+        problems.append(unknown_classes(split, unknown, classes))
         numbers = {class_name: number for number, class_name in enumerate(classes)}
         labels_of_part = np.array([numbers.get(c, -1) for c in class_names], np.int64)
         parts[split] = Part(images, labels_of_part, ids)
@@ -292,15 +400,16 @@ def _compare_with_folders(root: Path, name: str, lists: Mapping[Path, ListConten
     """Check that lists beside class folders give the same classes, and return notes about them.
 
     Raises:
-        DataError: a list gives the images other classes.
+        DataError: a list gives the images other classes. In a folder of annotations it may be
+            about something else.
     """
     notes = []
     for path, content in lists.items():
-        pairs = [(row.label, _class_folder(row.file, root)) for row in content.rows if row.file]
+        pairs = _label_pairs(content, root)
         labels, folders = (sorted(set(column)) for column in zip(*pairs, strict=True))
         listed = _relative(path, root)
         to_use = f"to use it, name it: {os.path.join(name, listed)}"
-        if len(labels) == len(folders) == len(set(pairs)):
+        if _is_one_to_one(pairs):
             notes.append(f"{listed} is not read, since the folders give the same classes; {to_use}")
         elif set(labels) <= set(folders):  # predictions, for example
             count = sum(label != folder for label, folder in pairs)
@@ -308,21 +417,47 @@ def _compare_with_folders(root: Path, name: str, lists: Mapping[Path, ListConten
                 f"{listed} is not read: its classes are those of the folders, but for {count:,} of "
                 f"{len(pairs):,} images another one; {to_use}"
             )
-        else:
-            raise DataError(
-                f"two readings: {listed} has the classes {list_examples(labels)}; its images are "
-                f"in the folders {list_examples(folders)}",
-                where=str(root),
-                fix=f"for the list, name it: {os.path.join(name, listed)}; for the folders as "
-                "classes, data.layout=classes",
+        elif path.parent != root and not split_from_name(path.parent.name):
+            notes.append(
+                f"{listed} is not read: its classes ({list_examples(labels)}) are not those of the "
+                f"folders; {to_use}"
             )
+        else:
+            raise _two_readings(path, pairs, root, name)
     return notes
 
 
+def _label_pairs(content: ListContent, root: Path) -> list[tuple[str, str]]:
+    """Return the label and the class folder of each image of a list."""
+    return [(row.label, _class_folder(row.file, root)) for row in content.rows if row.file]
+
+
+def _is_one_to_one(pairs: Collection[tuple[str, str]]) -> bool:
+    labels, folders = (set(column) for column in zip(*pairs, strict=True))
+    return len(labels) == len(folders) == len(set(pairs))
+
+
+def _two_readings(
+    path: Path, pairs: Collection[tuple[str, str]], root: Path, name: str
+) -> DataError:
+    """Return the error about a list that gives the images of class folders other classes."""
+    labels, folders = (sorted(set(column)) for column in zip(*pairs, strict=True))
+    listed = _relative(path, root)
+    return DataError(
+        f"two readings: {listed} has the classes {list_examples(labels)}; its images are "
+        f"in the folders {list_examples(folders)}",
+        where=str(root),
+        fix=f"for the list, name it: {os.path.join(name, listed)}; for the folders as "
+        "classes, data.layout=classes",
+    )
+
+
 def _class_folder(file: str, root: Path) -> str:
-    """Return the folder below `root`, or below that of a split, that a file is in."""
+    """Return the folder that a file is in: below `root`, a split, or a folder like `images`."""
     parts: Sequence[str] = _relative(Path(file), root).split("/")
-    return parts[1] if len(parts) > 2 and split_from_name(parts[0]) else parts[0]
+    while len(parts) > 2 and (split_from_name(parts[0]) or is_neutral_name(parts[0])):
+        parts = parts[1:]
+    return parts[0]
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -29,6 +29,7 @@ HIDDEN_JUNK = re.compile(
 )
 NOTICE_AFTER_S = 3.0  # time before the first notice of a long scan; doubled after each notice
 MAX_DEPTH = 8  # of the folders that are searched for any image
+MAX_WRAPPERS = 8  # folders in each other that are entered, each the only one inside
 
 ScanEntry = os.DirEntry[str]
 
@@ -169,6 +170,21 @@ class Folder:
                 yield from entries
         except OSError:
             return
+
+
+def enter_wrappers(folder: Folder, find_inner: Callable[[Folder], Folder | None]) -> Folder:
+    """Return the folder to read where folders lie in each other, as archives are often unpacked.
+
+    Args:
+        folder: the outer folder.
+        find_inner: returns the folder inside that is to be entered; None to stay.
+    """
+    for _ in range(MAX_WRAPPERS):
+        inner = find_inner(folder)
+        if inner is None:
+            break
+        folder = inner
+    return folder
 
 
 class Scanner:

@@ -26,6 +26,7 @@ from convlens.data.download import WEIGHTS_FOLDER, data_roots
 from convlens.data.folder_layout import LayoutOptions
 from convlens.data.image_folder import read_folder
 from convlens.data.image_list import LIST_SUFFIXES, read_list
+from convlens.data.image_paths import is_file_url, is_url, path_of_file_url
 from convlens.data.layout import ClassChoice, list_examples, printable, split_from_name
 from convlens.data.list_columns import DEFAULT_OPTIONS, ListOptions
 from convlens.data.list_folder import find_lists, read_listed_folder
@@ -161,14 +162,18 @@ def find_source(
         )
     choice = choice or ClassChoice()
     path = None if name in SOURCES else _find_path(name)
-    if path is None and name not in SOURCES and not is_pattern(name):
+    if path is None and name not in SOURCES and (is_url(name) or not is_pattern(name)):
         raise _unknown_name(name)
     _refuse_downloaded_set(path)
     lists = replace(lists, group=group)
+    # Labels that are classes, although they look like missing ones.
+    known_classes = (*choice.only, *choice.without, *(layout.known_classes if layout else ()))
     if path is not None and path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
-        source = read_list(path, name, lists, tested=tested)
+        source = read_list(path, name, lists, tested=tested, known_classes=known_classes)
     elif path is not None and path.is_dir() and not holds_shards(path):
-        source = _read_folder(path, name, lists, layout, choice, tested=tested)
+        source = _read_folder(
+            path, name, lists, layout, choice, tested=tested, known_classes=known_classes
+        )
     else:
         _refuse_list_options(lists, name)
         if name == "shapes":
@@ -179,6 +184,8 @@ def find_source(
             source = _read_path(path, name, tested)
         if lists.rename:
             source = rename_classes(source, lists.rename)
+    if layout is not None:
+        source = _in_known_order(source, layout.known_classes)
     choice.check(source.classes, name)
     source = source.with_classes(choice.keep(source.classes))
     if choice.min_images:
@@ -218,20 +225,36 @@ def _read_folder(
     choice: ClassChoice,
     *,
     tested: bool,
+    known_classes: Sequence[str],
 ) -> DataSource:
     """Read a folder of images by its class folders and the lists in it."""
     # Classes that are not chosen are not scanned: they may be empty, for example.
-    read_class_folders = partial(
-        read_folder, options=layout, choice=None if lists.rename else choice
-    )
+    read_class_folders = partial(read_folder, options=layout, choice=choice)
     may_have_lists = layout is None or layout.layout == "auto"
     if may_have_lists and find_lists(path):
         return read_listed_folder(
-            path, name, lists, read_class_folders=read_class_folders, tested=tested
+            path,
+            name,
+            lists,
+            read_class_folders=read_class_folders,
+            tested=tested,
+            known_classes=known_classes,
         )
     _refuse_list_options(lists, name)
-    source = read_class_folders(path, name, tested=tested)
-    return rename_classes(source, lists.rename) if lists.rename else source
+    return read_class_folders(path, name, rename=lists.rename, tested=tested)
+
+
+def _in_known_order(source: DataSource, known_classes: Sequence[str]) -> DataSource:
+    """Return a list with numbers as classes in the order of a model with the same classes.
+
+    Earlier versions sorted the numbers by name, and drawn splits depend on the order.
+    """
+    is_by_name = list(source.classes) == sorted(source.classes)
+    if is_by_name or set(source.classes) != set(known_classes):
+        return source
+    new_label = np.array([known_classes.index(name) for name in source.classes], np.int64)
+    parts = {s: replace(part, labels=new_label[part.labels]) for s, part in source.parts.items()}
+    return replace(source, classes=tuple(known_classes), parts=parts)
 
 
 def _refuse_list_options(lists: ListOptions, name: str) -> None:
@@ -247,7 +270,7 @@ def _refuse_list_options(lists: ListOptions, name: str) -> None:
 def _read_path(path: Path | None, name: str, tested: bool) -> DataSource:
     """Read shards, or a file that is not a list; without a path, `name` is a pattern of shards."""
     if path is None:
-        return read_shards(_expand_user(name), name, tested=tested)
+        return read_shards(_to_path(name), name, tested=tested)
     if path.is_dir() or path.suffix.lower() == ".tar":
         return read_shards(path, name, tested=tested)
     fix = f"name a folder or a list of images ({', '.join(LIST_SUFFIXES)})"
@@ -389,7 +412,8 @@ def canonical_name(name: str) -> str:
     path = None if name in SOURCES else _find_path(name)
     try:
         if path is None:
-            return _tidy_path(_expand_user(name)) if is_pattern(name) else name
+            is_local = is_pattern(name) and not is_url(name)
+            return _tidy_path(_to_path(name)) if is_local else name
         tidy = _tidy_path(path)
         below_roots = [each for root in data_roots() if (each := _below(path, root)) is not None]
     except OSError:  # the current folder was deleted
@@ -439,7 +463,8 @@ def _resolve_parents(path: str) -> str:
 
 def _looks_like_path(name: str) -> bool:
     """Return whether `name` is a path or written like one; then it is not a misspelled name."""
-    path_syntax = "/" in name or os.sep in name or name.lower().endswith((*LIST_SUFFIXES, ".tar"))
+    has_separator = any(separator in name for separator in ("/", "\\", os.sep))
+    path_syntax = has_separator or name.lower().endswith((*LIST_SUFFIXES, ".tar"))
     return path_syntax or _find_path(name) is not None
 
 
@@ -447,12 +472,15 @@ def _find_path(name: str) -> Path | None:
     """Return the existing path that `name` stands for, alone or below a data root."""
     if not name.strip():
         return None
-    candidates = [_expand_user(name), *(root / name for root in data_roots())]
+    candidates = [_to_path(name), *(root / name for root in data_roots())]
     # `os.path` returns False for a name that is too long or contains a zero byte; `Path` raises.
     return next((p for p in candidates if os.path.isdir(p) or os.path.isfile(p)), None)
 
 
-def _expand_user(name: str) -> Path:
+def _to_path(name: str) -> Path:
+    """Return the path that a name is written for: with `~`, or as the address `file://...`."""
+    if is_file_url(name):
+        name = path_of_file_url(name)
     try:
         return Path(os.path.expanduser(name))  # keeps `~nobody`, for which `Path` raises
     except ValueError:  # zero bytes and lone surrogates can't be user names
@@ -460,16 +488,45 @@ def _expand_user(name: str) -> Path:
 
 
 def _unknown_name(name: str) -> DataError | UsageError:
+    if foreign := _foreign_address(name):
+        return foreign
     if _looks_like_path(name):
+        path = _to_path(name)
+        fix = "check the spelling; relative paths start at the current folder or at data/"
+        if str(path).startswith("~"):
+            user = str(path).partition("/")[0]
+            fix = f"{user} is not a user of this machine; ~/ is your home folder"
         return DataError(
-            f"no such file or folder: {name}",
-            where=os.path.abspath(_expand_user(name)),
-            fix="check the spelling; relative paths start at the current folder or at data/",
+            f"no such file or folder: {name}", where=printable(os.path.abspath(path)), fix=fix
         )
     choices = known_names()
     suggestion = did_you_mean(close_matches(name, choices))
     suggestion = suggestion or f"choose from: {', '.join(choices)}"
     return UsageError(f"unknown data {name!r}", fix=f"{suggestion} (or name a folder or CSV)")
+
+
+def _foreign_address(name: str) -> DataError | None:
+    """Return the error about the address of another machine or system; None for other names."""
+    where = f"data.name={printable(name)}"
+    if is_url(name):
+        return DataError(
+            "a data set must be a folder or a list on this machine, not an address",
+            where=where,
+            fix="download it, unpack it if it is an archive, and name the folder",
+        )
+    if os.name == "nt" or "\\" not in name:
+        return None
+    fix = "write the path of the folder on this system, with / between folders"
+    with_slashes = name.replace("\\", "/")
+    if drive := re.match(r"([A-Za-z]):/", with_slashes):
+        mounted = f"/mnt/{drive[1].lower()}/{with_slashes[3:]}"
+        fix += f" (under WSL, {name} is {mounted})"
+    elif name.startswith("\\\\"):
+        fix = "mount the network folder, and name the folder that it is mounted to"
+    elif _find_path(with_slashes) is not None:
+        fix = did_you_mean([with_slashes])
+    what = "this is a path of Windows, which this system does not have"
+    return DataError(what, where=where, fix=fix)
 
 
 def _make_part(split: str, images: ImageSource, labels: npt.NDArray[np.generic]) -> Part:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convlens.data.layout import match_split_names
 from convlens.data.types import is_image_name
 from convlens.errors import DataError
 
@@ -32,8 +33,10 @@ BYTE_ORDER_MARKS = {
 _LINE_END = r"(?:\r\n|\r|\n)"
 _SEPARATOR_LINE = re.compile(rf'"?sep=(.)"?[,;\t]*{_LINE_END}', re.IGNORECASE)
 _COMMENT_LINE = re.compile(rf"[ \t]*#([^\r\n]*){_LINE_END}|[ \t]*{_LINE_END}")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 
 Line = tuple[int, list[str]]
+Record = Mapping[str, Any]
 IsKnownColumn = Callable[[str], bool]
 
 
@@ -107,7 +110,7 @@ def _read_delimited(path: Path, is_known_column: IsKnownColumn) -> Table:
     is_csv = path.suffix.lower() in (".csv", ".tsv")
     delimiter = delimiter or _guess_delimiter(text, is_known_column, is_csv)
     if delimiter is None:
-        lines = _split_at_last_blank(text)
+        lines = _split_at_blanks(text, is_known_column)
     else:
         try:
             # In a StringIO with newline="", csv recognizes each kind of line end.
@@ -177,57 +180,120 @@ def _guess_delimiter(text: str, is_known_column: IsKnownColumn, is_csv: bool) ->
     return best if num_cells > 1 and (known or is_regular or is_csv) else None
 
 
-def _split_at_last_blank(text: str) -> list[Line]:
-    """Return path and label of each line; paths may contain blanks, labels may not."""
-    lines = enumerate(re.split(_LINE_END, text), 1)
-    return [(number, line.rsplit(None, 1)) for number, line in lines if line.strip()]
+def _split_at_blanks(text: str, is_known_column: IsKnownColumn) -> list[Line]:
+    """Return the cells of lines without a delimiter.
+
+    They are a path, which may contain blanks, and a label; or each word is a cell, if all lines
+    have equally many and all but the first are numbers: `Abyssinian_100 1 1 1`.
+    """
+    lines = [(n, line) for n, line in enumerate(re.split(_LINE_END, text), 1) if line.strip()]
+    # Comments between data become lines of a single cell, which the caller leaves out.
+    words = [line.split() for _, line in lines if not line.lstrip().startswith("#")]
+    data = words[1:] if words and any(map(is_known_column, words[0])) else words
+    firsts = {cells[0] for cells in data}
+    is_regular = len(set(map(len, words))) == 1 and len(words[0]) > 2
+    are_numbers = all(_NUMBER.fullmatch(word) for cells in data for word in cells[1:])
+    if is_regular and are_numbers and len(firsts) == len(data) > 1:
+        return [(n, [line] if line.lstrip()[0] == "#" else line.split()) for n, line in lines]
+    return [(number, line.rsplit(None, 1)) for number, line in lines]
 
 
-def _read_json(path: Path, _: IsKnownColumn) -> Table:
+def _read_json(path: Path, is_known_column: IsKnownColumn) -> Table:
     text = _read_text(path)
     try:
         content = json.loads(text)
     except ValueError as error:
         raise DataError(f"this file is not JSON: {error}", where=str(path)) from error
-    table = _table_from_json(content)
-    if table is None:
+    records = _records_from_json(content, is_known_column)
+    if records is None:
         kind = f"keys {', '.join(list(content)[:5])}" if isinstance(content, dict) else "no records"
         raise DataError(
             f"this JSON file is not a list of images: it has {kind}",
             where=str(path),
             fix='write a list of records: [{"path": "img/a.png", "label": "cat"}, ...]',
         )
-    return table
+    return _table_from_records(records)
 
 
-def _table_from_json(content: Any) -> Table | None:
-    """Return the table in a JSON document; None if there is none."""
+def _records_from_json(content: Any, is_known_column: IsKnownColumn) -> list[Record] | None:
+    """Return the records in a JSON document, one for each image; None if there are none."""
     if isinstance(content, list):
-        return _table_from_records(content) if all(map(_is_record, content)) else None
+        if not all(map(_is_record, content)):
+            return None
+        return _records_from_label_studio(content) or content
     if not isinstance(content, dict) or not content:
         return None
     if isinstance(content.get("images"), list) and isinstance(content.get("annotations"), list):
-        return _table_from_coco(content)
+        return _records_from_coco(content)
+    if set(match_split_names(content)) == set(content):
+        return _records_of_splits(content, is_known_column)
     values = list(content.values())
-    if all(isinstance(value, str | int | float) for value in values):  # {path: label}
-        return _table_from_records(
-            [{"path": path, "label": label} for path, label in content.items()]
-        )
+    if all(map(_is_record, values)) and all(map(is_image_name, content)):
+        return [{"path": path, **record} for path, record in content.items()]
+    if all(isinstance(value, str | int | float) for value in values) or (
+        all(map(is_image_name, content)) and all(isinstance(value, list) for value in values)
+    ):
+        return [{"path": path, "label": label} for path, label in content.items()]
     if all(isinstance(value, list) for value in values):
+        cells = [cell for value in values for cell in value]
         lengths = {len(value) for value in values}
-        is_scalar = all(not isinstance(cell, dict | list) for value in values for cell in value)
-        if is_scalar and len(lengths) == 1:  # {column: cells}
-            cells = zip(*values, strict=True)
-            return _table_from_records([dict(zip(content, row, strict=True)) for row in cells])
+        has_known_column = any(map(is_known_column, content))
+        are_paths = all(isinstance(cell, str) for cell in cells) and len(set(cells)) == len(cells)
+        if cells and are_paths and not has_known_column and len(values) > 1:
+            return [{"path": p, "label": label} for label, paths in content.items() for p in paths]
+        if len(lengths) == 1 and not any(isinstance(cell, dict | list) for cell in cells):
+            rows = zip(*values, strict=True)
+            return [dict(zip(content, row, strict=True)) for row in rows]  # {column: cells}
     tables = [v for v in values if isinstance(v, list) and v and all(map(_is_record, v))]
-    return _table_from_records(tables[0]) if len(tables) == 1 else None
+    return tables[0] if len(tables) == 1 else None
 
 
 def _is_record(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def _table_from_records(records: Sequence[Mapping[str, Any]]) -> Table:
+def _records_of_splits(
+    content: Mapping[str, Any], is_known_column: IsKnownColumn
+) -> list[Record] | None:
+    """Return the records of a document with a value for each split: `{"train": ..., "test": ...}`.
+
+    Each value is a list of paths, or any other document.
+    """
+    joined = list[Record]()
+    for split, value in content.items():
+        records: list[Record] | None
+        if isinstance(value, list) and all(isinstance(path, str) for path in value):
+            records = [{"path": path} for path in value]
+        else:
+            records = _records_from_json(value, is_known_column)
+        if records is None:
+            return None
+        joined += [{**record, "split": split} for record in records]
+    return joined
+
+
+def _records_from_label_studio(records: Sequence[Record]) -> list[Record] | None:
+    """Return the images and choices of an export of Label Studio (JSON); None for other records."""
+    try:
+        return [
+            {
+                **record["data"],
+                "choice": sorted(
+                    {
+                        choice
+                        for annotation in record["annotations"]
+                        for result in annotation["result"]
+                        for choice in result["value"].get("choices", ())
+                    }
+                ),
+            }
+            for record in records
+        ]
+    except (AttributeError, KeyError, TypeError):
+        return None
+
+
+def _table_from_records(records: Sequence[Record]) -> Table:
     columns = list(dict.fromkeys(key for record in records for key in record))
     lines = [
         (number, [_cell_text(record.get(column)) for column in columns])
@@ -236,7 +302,7 @@ def _table_from_records(records: Sequence[Mapping[str, Any]]) -> Table:
     return Table(columns, lines)
 
 
-def _table_from_coco(content: Mapping[str, Any]) -> Table | None:
+def _records_from_coco(content: Mapping[str, Any]) -> list[Record] | None:
     """Return the classes of the images of a COCO file (cocodataset.org/#format-data)."""
     try:
         names = {entry["id"]: str(entry["name"]) for entry in content.get("categories", ())}
@@ -245,12 +311,10 @@ def _table_from_coco(content: Mapping[str, Any]) -> Table | None:
             labels[entry["image_id"]].add(
                 names.get(entry["category_id"], str(entry["category_id"]))
             )
-        return _table_from_records(
-            [
-                {"file_name": entry["file_name"], "label": sorted(labels[entry["id"]])}
-                for entry in content["images"]
-            ]
-        )
+        return [
+            {"file_name": entry["file_name"], "label": sorted(labels[entry["id"]])}
+            for entry in content["images"]
+        ]
     except (KeyError, TypeError):
         return None
 

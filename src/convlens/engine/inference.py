@@ -395,8 +395,14 @@ def split_outputs(
     advance: Callable[[int], None] = lambda count: None,
     choose_memory_format: bool = False,
     with_features: bool = False,
+    reduce_features: Callable[[ModelOutputs], Tensor] | None = None,
 ) -> tuple[ModelOutputs, Tensor]:
-    """Like `split_logits`, with the mean over `views` if given, and with the features."""
+    """Like `split_logits`, with the mean over `views` if given, and with the features.
+
+    Args:
+        reduce_features: returns what is kept of each batch instead of its features, one row for
+            each image.
+    """
     logits, tta_logits, features = [], [], []
     total = split.rows.shape[0]
     forward = Forward(
@@ -413,7 +419,9 @@ def split_outputs(
             logits.append(outputs.logits)
             if outputs.tta_logits is not None:
                 tta_logits.append(outputs.tta_logits)
-            if outputs.features is not None:
+            if reduce_features is not None:
+                features.append(reduce_features(outputs))
+            elif outputs.features is not None:
                 features.append(outputs.features)
             advance(len(outputs.logits))
     mean = torch.cat(tta_logits) if tta_logits else None

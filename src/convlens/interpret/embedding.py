@@ -21,6 +21,7 @@ from convlens.errors import DataError, UsageError, lookup
 from convlens.interpret.feature_viz import merge_top_images
 from convlens.interpret.features import penultimate_features
 from convlens.interpret.inputs import InspectedModel, Picture, draw_sample
+from convlens.recipe import DataConfig
 from convlens.utils.console import progress_bar, quiet_mode
 from convlens.utils.files import write_atomic
 
@@ -119,7 +120,7 @@ def embed(
     *,
     folder: Path,
     split: str = "val",
-    data: str | Path | None = None,
+    data: str | Path | DataConfig | None = None,
     images: int = 2000,
     seed: int = 0,
     quiet: bool = False,

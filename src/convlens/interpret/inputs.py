@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -23,11 +23,16 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from convlens import evaluation, models, run
-from convlens.data.dataset import Data, Split, load_external_data
+from convlens.data.dataset import (
+    Data,
+    Split,
+    data_name,
+    find_external_source,
+    load_external_data,
+)
 from convlens.data.decode import EXTENSIONS, UnreadableImage
 from convlens.data.input_images import expand_paths
 from convlens.data.layout import split_from_name
-from convlens.data.sources import find_source
 from convlens.device import Plan, derive_seed, memory_budget, preserve_torch_settings
 from convlens.engine.inference import batch_logits, place_model, split_logits
 from convlens.errors import (
@@ -40,7 +45,7 @@ from convlens.errors import (
     lookup,
 )
 from convlens.models import zoo
-from convlens.recipe import ModelConfig
+from convlens.recipe import DataConfig, ModelConfig
 from convlens.run import LoadedModel, Preprocessing, RunDir
 from convlens.run_plots import worst_mistake_images
 from convlens.training import pretrained
@@ -116,9 +121,10 @@ class InspectedModel:
             )
         return evaluation.load_own_data(self.loaded, self.plan.device)
 
-    def recognizes(self, data: str | Path | None) -> bool:
+    def recognizes(self, data: str | Path | DataConfig | None) -> bool:
         """Return whether `data` holds exactly the images of the run, which may have moved."""
-        if data is None or self.run_dir is None:
+        # The keys of a data section say how to read another set.
+        if data is None or isinstance(data, DataConfig) or self.run_dir is None:
             return False
         if str(data) not in self._recognized:
             own = evaluation.recognize_own_data(self.loaded, str(data), self.plan.device)
@@ -130,7 +136,7 @@ class InspectedModel:
                 )
         return self._recognized[str(data)]
 
-    def split(self, name: str | None, data: str | Path | None = None) -> Split:
+    def split(self, name: str | None, data: str | Path | DataConfig | None = None) -> Split:
         """Return a split of the run's data or of another data set, labels in the model's order.
 
         `log_test_use` records that the run's test split was opened.
@@ -140,7 +146,7 @@ class InspectedModel:
         """
         data = None if self.recognizes(data) else data
         name = name or "test" if data is None else name
-        key = name, None if data is None else str(data)
+        key = name, None if data is None else str(data)  # with all keys of a data section
         if key not in self._splits:
             own = self.data if data is None else None
             device = self.plan.device
@@ -160,7 +166,7 @@ class InspectedModel:
         self._test_images = 0
         print_status(f"{escape(self.name)}: test set used {evaluation.times(uses)} (logged)")
 
-    def default_split(self, data: str | Path | None = None) -> str | None:
+    def default_split(self, data: str | Path | DataConfig | None = None) -> str | None:
         """Return the split to use if none is requested: validation, so that the test stays sealed.
 
         Training images if the run has no validation images. Of another data set None: its test
@@ -171,7 +177,7 @@ class InspectedModel:
         return "val" if len(self.data.val) else "train"
 
     def reference_split(
-        self, name: str | None = None, data: str | Path | None = None
+        self, name: str | None = None, data: str | Path | DataConfig | None = None
     ) -> tuple[Split, str]:
         """Return the split to search for images, and what it is called in figures.
 
@@ -181,7 +187,7 @@ class InspectedModel:
         """
         split = self.split(name or self.default_split(data), data)
         if data is not None and not self.recognizes(data):
-            return split, Path(str(data)).name
+            return split, Path(data_name(data)).name
         return split, name or str(self.default_split())
 
     def prepared(self, pixels: Tensor) -> Tensor:
@@ -189,6 +195,7 @@ class InspectedModel:
         return self.loaded.preprocessing.normalize(pixels.to(self.plan.device), self.plan)
 
 
+@preserve_torch_settings()
 def open_inspected_model(text: str, *, device: str | None = None) -> InspectedModel:
     """Open a run (name, folder or model file) or a network `NAME[:WEIGHTS]` of torchvision or timm.
 
@@ -281,7 +288,10 @@ def _position_kind(word: str) -> str:
 
 
 def select_pictures(
-    subject: InspectedModel, arguments: Sequence[str], data: str | Path | None = None
+    subject: InspectedModel,
+    arguments: Sequence[str],
+    data: str | Path | DataConfig | None = None,
+    max_pixels: int | None = None,
 ) -> list[Picture]:
     """Return the images that the arguments name, in their order.
 
@@ -292,6 +302,7 @@ def select_pictures(
     Args:
         data: another data set than the run's own; `worst` and `class` mean all of its images if
             it has no splits.
+        max_pixels: larger files are refused; by default the limit of the training.
 
     Raises:
         UsageError: an unknown number or class, with close matches; no images at all.
@@ -303,7 +314,7 @@ def select_pictures(
         if position is not None:
             pictures += _pictures_from_split(subject, position, data)
         else:
-            pictures += _pictures_from_files(subject, text)
+            pictures += _pictures_from_files(subject, text, max_pixels)
     if not pictures:
         no_mistakes = any(text.startswith("worst:") for text in arguments)
         raise UsageError(
@@ -313,8 +324,11 @@ def select_pictures(
     return pictures
 
 
-def _pictures_from_files(subject: InspectedModel, text: str) -> list[Picture]:
+def _pictures_from_files(
+    subject: InspectedModel, text: str, max_pixels: int | None
+) -> list[Picture]:
     conversion = subject.loaded.preprocessing.conversion
+    conversion = replace(conversion, max_pixels=max_pixels or conversion.max_pixels)
     pictures = []
     for path in expand_paths([text]):
         try:
@@ -362,7 +376,7 @@ def _parse_position(subject: InspectedModel, text: str) -> _SplitPosition | None
 
 
 def _pictures_from_split(
-    subject: InspectedModel, position: _SplitPosition, data: str | Path | None
+    subject: InspectedModel, position: _SplitPosition, data: str | Path | DataConfig | None
 ) -> list[Picture]:
     _, kind, number, target = position
     split_name = None if kind in ("worst", "class") else kind
@@ -378,7 +392,8 @@ def _pictures_from_split(
         )
     else:
         indices = torch.tensor([number])
-    of = split_name or ("test" if data is None or subject.recognizes(data) else Path(data).name)
+    is_own = data is None or subject.recognizes(data)
+    of = split_name or ("test" if data is None or is_own else Path(data_name(data)).name)
     pixels, labels = split.rows.gather(indices), split.labels[indices].tolist()
     return [
         Picture(f"{of}:{i}", image, label, str(split.ids[i]))
@@ -394,7 +409,9 @@ def worst_images(subject: InspectedModel, split: Split) -> Tensor:
     return torch.from_numpy(worst_mistake_images(probs, labels.cpu().numpy()))
 
 
-def example_pictures(subject: InspectedModel, data: str | Path | None = None) -> list[Picture]:
+def example_pictures(
+    subject: InspectedModel, data: str | Path | DataConfig | None = None
+) -> list[Picture]:
     """Return images that represent a network: three correct ones and a mistake.
 
     Among 512 images spread evenly over the validation split (training images if there is none) or
@@ -464,7 +481,8 @@ def open_look_inputs(
     *,
     device: str | None = None,
     examples: bool = True,
-    data: str | Path | None = None,
+    data: str | Path | DataConfig | None = None,
+    max_pixels: int | None = None,
 ) -> LookInputs:
     """Open the networks among the arguments and the images that the other arguments name.
 
@@ -476,6 +494,7 @@ def open_look_inputs(
         device: where to put the networks; by default the best device.
         examples: if no image is named, use those of `example_pictures`.
         data: the data set of `test:17`, `worst:5` and so on, if it is not the run's own.
+        max_pixels: larger files are refused; by default the limit of the training.
 
     Raises:
         UsageError, ModelFileError, DataError: arguments that can't be opened or found.
@@ -495,7 +514,7 @@ def open_look_inputs(
         subjects.append(open_inspected_model(text, device=device))
     return LookInputs(
         subjects,
-        _pictures_for_all(subjects, image_arguments, examples, data),
+        _pictures_for_all(subjects, image_arguments, examples, data, max_pixels),
         figures_folder(subjects),
         unique_names([subject.name for subject in subjects]),
         unique_names([run.safe_name(subject.name) for subject in subjects]),
@@ -578,7 +597,8 @@ def _pictures_for_all(
     subjects: Sequence[InspectedModel],
     arguments: Sequence[str],
     examples: bool,
-    data: str | Path | None,
+    data: str | Path | DataConfig | None,
+    max_pixels: int | None,
 ) -> list[tuple[Picture, ...]]:
     """Return the images that the arguments name, as each network takes them."""
     # Images of a split come from the first network that has its own data.
@@ -591,7 +611,8 @@ def _pictures_for_all(
             selected = select_pictures(source, [text], data)
             pictures += [tuple(_convert(each, source, s) for s in subjects) for each in selected]
         else:
-            pictures += zip(*(select_pictures(s, [text]) for s in subjects), strict=True)
+            of_each = (select_pictures(s, [text], max_pixels=max_pixels) for s in subjects)
+            pictures += zip(*of_each, strict=True)
     # `worst:3` may include the image that `test:6` named before.
     ids = [row[0].id for row in pictures]
     pictures = [row for i, row in enumerate(pictures) if ids[i] is None or ids[i] not in ids[:i]]
@@ -653,7 +674,7 @@ def draw_sample(
     subject: InspectedModel,
     split: str,
     *,
-    data: str | Path | None = None,
+    data: str | Path | DataConfig | None = None,
     max_images: int,
     seed: int = 0,
     training: bool = False,
@@ -698,7 +719,9 @@ def draw_sample(
     return Sample(images, order[:max_images].sort().values, classes, name)
 
 
-def check_external_split(subject: InspectedModel, split: str, data: str | Path) -> None:
+def check_external_split(
+    subject: InspectedModel, split: str, data: str | Path | DataConfig
+) -> None:
     """Check that another data set has the requested split.
 
     Raises:
@@ -708,24 +731,29 @@ def check_external_split(subject: InspectedModel, split: str, data: str | Path) 
     if subject.recognizes(data) or split in splits:
         return
     has = f"it has: {', '.join(splits)}" if splits else "leave out --split to use all of its images"
-    raise DataError(f"--split {split} does not apply to {str(data)!r}", fix=has)
+    raise DataError(f"--split {split} does not apply to {data_name(data)!r}", fix=has)
 
 
-def _splits_of(subject: InspectedModel, data: str | Path) -> tuple[str, ...]:
+def _splits_of(subject: InspectedModel, data: str | Path | DataConfig) -> tuple[str, ...]:
     """Return the splits of another data set; none if it is not split."""
-    size = subject.loaded.preprocessing.image_size
-    parts = tuple(find_source(str(data), image_size=size).parts)
+    source = find_external_source(
+        data,
+        conversion=subject.loaded.preprocessing.conversion,
+        known_classes=subject.classes,
+    )
+    parts = tuple(source.parts)
     return () if parts == ("train",) else parts
 
 
 def _external_split(
-    subject: InspectedModel, data: str | Path, name: str | None
+    subject: InspectedModel, data: str | Path | DataConfig, name: str | None
 ) -> tuple[Split, tuple[str, ...], str]:
     """Return a split of another data set, its classes and the data set's name."""
-    split, classes, data_name, *_ = load_external_data(
-        str(data),
+    external = load_external_data(
+        data,
         name,
         conversion=subject.loaded.preprocessing.conversion,
         memory_budget=memory_budget(subject.plan.device),
+        known_classes=subject.classes,
     )
-    return split, classes, data_name
+    return external.images, external.classes, external.name

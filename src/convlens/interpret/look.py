@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from convlens.device import preserve_torch_settings
-from convlens.errors import UsageError, lookup
-from convlens.evaluation import check_split
+from convlens.errors import UsageError, check_count, lookup, wrong_type
+from convlens.evaluation import check_data, check_split
 from convlens.interpret import activations, attribution, attribution_methods, embedding, feature_viz
 from convlens.interpret.activations import (
     CHANNELS_SHOWN,
@@ -30,6 +30,7 @@ from convlens.interpret.inputs import (
     is_split_position,
 )
 from convlens.interpret.measure import Measurements, measure, select_measures
+from convlens.recipe import DataConfig
 from convlens.utils import notebook
 from convlens.utils.console import print_status
 
@@ -60,7 +61,9 @@ class LookOptions:
         nearest: how many nearest training images are shown for each image.
         split: split to measure, embed and search for top images; by default `val`, or `train` if
             the run has no validation images.
-        data: another data set than the run's own.
+        data: another data set than the run's own; may be a data section of a recipe with the keys
+            to read it.
+        max_pixels: larger image files are refused; by default the limit of the training.
         seed: of optimized inputs, measurements and embeddings.
     """
 
@@ -79,7 +82,8 @@ class LookOptions:
     embedding: Sequence[str] = ()
     nearest: int = 0
     split: str | None = None
-    data: str | Path | None = None
+    data: str | Path | DataConfig | None = None
+    max_pixels: int | None = None
     seed: int = 0
 
     def check(self, images: Sequence[str] = ()) -> None:
@@ -101,8 +105,15 @@ class LookOptions:
         for name in self.embedding:
             lookup(embedding.EMBEDDINGS, name, "embedding")
         select_measures(self.measures)
-        if self.channels is not None and self.channels < 1:
-            raise UsageError(f"--channels {self.channels}: must be at least 1")
+        check_data(self.data)
+        for name in ("channels", "max_pixels"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        for name in ("nearest", "seed"):
+            check_count(name, getattr(self, name), minimum=0)
+        for name in ("target", "cam_layer"):
+            if not isinstance(getattr(self, name), str | None):
+                raise wrong_type(name, getattr(self, name), "give a name")
         self._check_effect(images)
 
     def _check_effect(self, images: Sequence[str]) -> None:

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from convlens import models
 from convlens.device import preserve_torch_settings
-from convlens.errors import ModelFileError, UsageError, lookup
+from convlens.errors import ModelFileError, UsageError, check_count, lookup
+from convlens.evaluation import check_data
 from convlens.interpret import features
 from convlens.interpret.inputs import InspectedModel, Sample, draw_sample, share_data
 from convlens.interpret.stage_metrics import MEASURES, Measure, MetricValue, StageBatch
 from convlens.interpret.streaming_stats import CKA, gram_matrix
+from convlens.recipe import DataConfig
 from convlens.utils.console import progress_bar, quiet_mode
 from convlens.utils.files import write_atomic
 
@@ -142,7 +144,7 @@ def measure(
     folder: Path,
     layers: Sequence[str] = (),
     split: str = "val",
-    data: str | Path | None = None,
+    data: str | Path | DataConfig | None = None,
     images: int = 2000,
     learn_from: int = 4000,
     untrained: bool = False,
@@ -173,10 +175,10 @@ def measure(
     """
     if not subjects:
         raise UsageError("no networks to measure", fix="name one or several runs")
-    if min(images, learn_from) < 1:
-        raise UsageError(
-            f"can't measure on {min(images, learn_from)} images", fix="use at least one"
-        )
+    check_data(data)
+    check_count("images", images)
+    check_count("learn_from", learn_from)
+    check_count("seed", seed, minimum=0)
     selected = select_measures(names)
     measures = [name for name in selected if name != SIMILARITY]
     requires_fit = any(MEASURES[name].requires_fit for name in measures)

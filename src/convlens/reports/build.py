@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from convlens import evaluation
 from convlens.device import preserve_torch_settings
-from convlens.errors import UsageError
+from convlens.errors import UsageError, check_path
 from convlens.reports import compare, sections
 from convlens.reports.contents import ReportContents, gather_contents
 from convlens.reports.html import PageSection, compose_page
@@ -76,6 +76,7 @@ def report(
     """
     if not runs:
         raise UsageError("no run to report on", fix="name a run: convlens report RUN")
+    target = None if output is None else check_path("output", output)
     names = list(dict.fromkeys(run_reference(each) for each in runs))
     for name in names:  # a typo in the last name must not cost the work on the first
         find_run(name)
@@ -95,7 +96,7 @@ def report(
             head = functools.partial(compare.comparison_head, comparison)
             title = " and ".join(comparison.names)
             text = _compose(title, head, compare.COMPARE_SECTIONS, comparison)
-    path = Path(output) if output is not None else _output_path(reports)
+    path = target or _output_path(reports)
     files.write_atomic(path, text)
     with quiet_mode(quiet):
         for contents in reports:  # last: a page that is not written is not a use of the test split

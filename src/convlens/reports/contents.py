@@ -11,7 +11,7 @@ from convlens.data.audit import Audit, audit as audit_data
 from convlens.data.dataset import Data, Split
 from convlens.device import select_device
 from convlens.errors import ConvlensError, ModelFileError, UsageError
-from convlens.evaluation import CachedPredictions, TrainAccuracy
+from convlens.evaluation import CachedPredictions, Evaluation, TrainAccuracy
 from convlens.recipe import Recipe
 from convlens.run import LoadedModel, RunDir
 from convlens.utils.console import print_status
@@ -52,6 +52,8 @@ class ReportContents:
         predictions: the logits and labels of that split.
         images: its images.
         own_data: the data set of the run, once it was loaded.
+        unlike: how many of its images are marked as unlike the training images, as in
+            `Evaluation.unlike`.
         train_accuracy: on training images with the final weights, without augmentation.
         audit: of the whole data set.
         missing: sentences about everything that is unavailable.
@@ -66,6 +68,7 @@ class ReportContents:
     split: str = "val"
     summary: dict[str, Any] | None = None
     predictions: CachedPredictions | None = None
+    unlike: dict[str, Any] | None = None
     images: Split | None = None
     own_data: Data | None = None
     train_accuracy: TrainAccuracy | None = None
@@ -174,9 +177,11 @@ def _add_evaluation(contents: ReportContents) -> None:
     run_dir, split = contents.run_dir, contents.split
     fingerprint = contents.model_metadata["data"]["fingerprint"]
     predictions = evaluation.load_predictions(run_dir, split, fingerprint, sha)
+    if latest is not None:
+        contents.unlike = latest.get("unlike")
     if predictions is None:
         try:
-            _evaluate(contents)
+            contents.unlike = _evaluate(contents).unlike
             predictions = evaluation.load_predictions(run_dir, split, fingerprint, sha)
             contents.evaluations = run_dir.evaluations()
         except ConvlensError as error:
@@ -200,7 +205,7 @@ def _add_evaluation(contents: ReportContents) -> None:
         )
 
 
-def _evaluate(contents: ReportContents) -> None:
+def _evaluate(contents: ReportContents) -> Evaluation:
     """Evaluate the split, which caches its predictions.
 
     Only an evaluation of the validation split is logged here: the page as a whole is one use of
@@ -208,13 +213,14 @@ def _evaluate(contents: ReportContents) -> None:
     """
     assert contents.loaded is not None
     if contents.split != "test":
-        evaluation.evaluate(contents.run_dir, contents.split, device=contents.device, quiet=False)
-        return
+        return evaluation.evaluate(
+            contents.run_dir, contents.split, device=contents.device, quiet=False
+        )
     device = select_device(contents.device)
     split = evaluation.load_eval_split(
         contents.loaded, contents.split, device=device, own_data=_load_own_data(contents)
     )
-    evaluation.evaluate_split(contents.run_dir, contents.loaded, split, device)
+    return evaluation.evaluate_split(contents.run_dir, contents.loaded, split, device).evaluation
 
 
 def _load_own_data(contents: ReportContents) -> Data:

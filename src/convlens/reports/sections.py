@@ -60,6 +60,10 @@ MAX_CLASSES = 40  # classes of a readable confusion table
 MAX_PAIRS = 60  # confusions that are listed if there are more classes
 MAX_MISTAKES = 24  # images in the section of the worst mistakes
 MAX_CURVE_POINTS = 200  # of the curve of risk over coverage
+EPOCH_CLASS_MEANS = {  # of the table of epochs
+    "val_macro_f1": "validation macro F1",
+    "val_balanced_accuracy": "validation balanced accuracy",
+}
 PROMISED_ACCURACIES = (0.9, 0.95, 0.99)
 PROMISED_COVERAGES = (0.9, 0.95)
 PROMISE_CONFIDENCE = 0.95
@@ -227,6 +231,12 @@ def curves_section(contents: ReportContents) -> Markup | None:
         kept=contents.kept_epoch,
         omitted=max(0, len(contents.rows) - MAX_EPOCHS),
         validated=any(math.isfinite(row["val_loss"]) for row in contents.rows),
+        # Earlier versions did not record them.
+        class_means={
+            key: name
+            for key, name in EPOCH_CLASS_MEANS.items()
+            if any(math.isfinite(row.get(key, math.nan)) for row in contents.rows)
+        },
     )
 
 
@@ -465,7 +475,10 @@ def trust_section(contents: ReportContents) -> Markup | None:
         sets=sets,
         num_reserved=0 if reserved is None else len(reserved),
         candidates=1 if reserved is None else reserved.candidates,
+        grouped=reserved is not None and reserved.grouped,
         outliers=_describe_outliers(calibration),
+        unlike=contents.unlike,
+        n=summary["n"],
     )
 
 

@@ -48,6 +48,7 @@ def calibrate_model(job: TrainingJob, run_dir: RunDir) -> None:
         seed=recipe.train.seed,
         candidates=num_candidates(recipe, int(loaded.model_metadata["chosen"]["epoch"])),
         classes=len(loaded.classes),
+        groups=job.data.val_groups,
     )
     run_dir.add_calibration(calibration)
     if not job.context.quiet:
@@ -77,7 +78,8 @@ def describe_calibration(calibration: ModelCalibration) -> str:
         parts = [f"temperature {calibration.temperature:.3f}"]
     reserved, detector = calibration.reserved, calibration.detector
     if reserved is not None:
-        parts.append(f"{len(reserved):,} validation images reserved for promises")
+        unit = "groups" if reserved.grouped else "images"
+        parts.append(f"{len(reserved):,} validation {unit} reserved for promises")
     if detector is not None and detector.reference is not None:
         vectors, kilobytes = len(detector.reference), detector.reference.nbytes / 1000
         parts.append(f"features of {vectors:,} training images ({kilobytes:,.0f} kB)")

@@ -19,10 +19,10 @@ import numpy as np
 from convlens import distributed, evaluation, metrics, run, run_plots
 from convlens.data.sources import find_configured_source
 from convlens.data.splits import is_drawn_split
-from convlens.errors import UsageError
+from convlens.errors import UsageError, check_count
 from convlens.evaluation import Evaluation
 from convlens.recipe import Recipe
-from convlens.run import RunDir
+from convlens.run import RunDir, check_run_name
 from convlens.training.resolve import ResolvedRecipe, validate_recipe
 from convlens.training.train import train
 from convlens.utils.console import message_scope, print_status, quiet_mode
@@ -102,6 +102,10 @@ def train_many(
     Raises:
         UsageError: a recipe is wrong, or the options cannot be combined. Checked before training.
     """
+    check_run_name(name)
+    repeat_splits = check_count("repeat_splits", repeat_splits)
+    seeds = check_count("seeds", seeds)
+    folds = None if folds is None else check_count("folds", folds, minimum=2)
     plans = expand_runs(recipes, repeat_splits=repeat_splits, seeds=seeds, folds=folds, name=name)
     _check_plan(plans, repeat_splits=repeat_splits, folds=folds, refit=refit, test=test)
     test = test and folds is None

@@ -15,7 +15,7 @@ from torch import nn
 from convlens import models, optim
 from convlens.data import splits
 from convlens.data.transforms import pipeline
-from convlens.errors import UsageError, close_matches, did_you_mean
+from convlens.errors import UsageError, close_matches, did_you_mean, wrong_type
 from convlens.models import stages
 from convlens.recipe import DataConfig, Recipe, is_recipe_file, load_recipe, recipe_names, variants
 from convlens.training import pretrained
@@ -157,7 +157,12 @@ def resolve_variants(
     """
     if wanted is None:
         return {None: resolve_recipe(what, data=data, overrides=overrides)}
+    if not isinstance(wanted, str | list | tuple):
+        raise wrong_type("variants", wanted, "give names, or 'all'")
     names = [name.strip() for name in wanted.split(",")] if isinstance(wanted, str) else wanted
+    for name in names:
+        if not isinstance(name, str):
+            raise wrong_type("variants", name, "give names, or 'all'")
     if list(names) == ["all"] and not isinstance(what, Recipe):
         given = what if isinstance(what, Mapping) or _is_recipe(_name_or_path(what)) else "folder"
         names = list(variants(given)) or names  # without variants `load_recipe` raises
@@ -286,6 +291,9 @@ def _data_override(data: str | Path | None) -> list[str]:
 
 def _dataset_run_name(data: str) -> str:
     """Return the name of runs on a data set: the name of its folder, or of its file."""
+    from convlens.data.image_paths import is_file_url, path_of_file_url
+
+    data = path_of_file_url(data) if is_file_url(data) else data
     path = Path(data)
     is_file = path.suffix.lower() in (
         ".csv",

@@ -39,6 +39,7 @@ from convlens.recipe import DataConfig, Recipe
 from convlens.run import (
     VALIDATION_COLUMNS,
     RunDir,
+    check_run_name,
     check_same_images,
     find_or_create_run_dir,
     list_runs,
@@ -117,6 +118,7 @@ def train(
         ConvlensError: a problem the user can fix.
         KeyboardInterrupt: after Ctrl-C, with everything saved.
     """
+    check_run_name(name)
     context = RuntimeContext.create(device, quiet=quiet)
     # A restart by torchrun resumes the run that its first attempt created.
     fresh = fresh and not context.process_group.restarted
@@ -148,7 +150,8 @@ def train(
         check_device_options(recipe, context.device)
         prepare(recipe.train.deterministic, context.device)
         choose_size = partial(transfer.choose_image_size, recipe, backbones)
-        data = _load_data(recipe, recorded, context, choose_size)
+        classes = context.broadcast(lambda: _recorded_classes(run_dir.metadata()))
+        data = _load_data(recipe, recorded, classes, context, choose_size)
         with quiet_mode(quiet):
             data.print_interpretation()
         with _lock(run_dir, context):
@@ -222,6 +225,7 @@ def _find_run_of_moved_data(
             recipe.data,
             memory_budget=context.memory_budget,
             conversion=_recorded_conversion(_recorded_recipe(run_dir)),
+            known_classes=_recorded_classes(metadata),
         )
         if data.fingerprint == metadata["data"].get("fingerprint"):
             run_dir.record_data_path(path)
@@ -234,13 +238,18 @@ def _find_run_of_moved_data(
 
 
 def _load_data(
-    recipe: Recipe, recorded: Mapping[str, Any], context: RuntimeContext, choose_size: ChooseSize
+    recipe: Recipe,
+    recorded: Mapping[str, Any],
+    classes: list[str],
+    context: RuntimeContext,
+    choose_size: ChooseSize,
 ) -> Data:
     """Load the data set on every rank; one rank per machine decodes first and fills the cache.
 
     Args:
         recorded: The resolved recipe of an interrupted run, whose images are converted as at its
             start; empty for a new run.
+        classes: Of an interrupted run, in the order of its network; empty for a new run.
         choose_size: Chooses the image size of a new run if the recipe leaves it open.
     """
     with context.process_group.local_rank_zero_first():
@@ -248,6 +257,7 @@ def _load_data(
             recipe.data,
             memory_budget=context.memory_budget,
             conversion=_recorded_conversion(recorded),
+            known_classes=classes,
             choose_size=choose_size,
         )
     for warning in pixel_warnings(data.train.rows):
@@ -259,6 +269,12 @@ def _load_data(
 def _recorded_conversion(recorded: Mapping[str, Any]) -> Conversion | None:
     """Return the conversion of a run from its resolved recipe; None if that is empty."""
     return recorded_conversion(DataConfig(**recorded["data"])) if recorded else None
+
+
+def _recorded_classes(metadata: Mapping[str, Any]) -> list[str]:
+    """Return the classes of a run in the order of its network; empty if they are unknown."""
+    data = metadata.get("data")
+    return list(data.get("classes", ())) if isinstance(data, Mapping) else []
 
 
 def _recorded_recipe(run_dir: RunDir) -> dict[str, Any]:

@@ -4,7 +4,8 @@ The validation split is divided into two halves, stratified by class and seeded:
 
 - the *fitting half* gives the temperature and the thresholds for unknown images;
 - the *reserved half* gives nothing but promises: its outputs are stored, from which the threshold
-  of `--min-accuracy` and the sets of `--prediction-set` are computed.
+  of `--min-accuracy` and the sets of `--prediction-set` are computed. With groups (`data.group`) it
+  has one image of each of its groups.
 
 The whole split has also chosen the epoch. Promises of accuracy allow for that by a union bound over
 the epochs (`candidates`); the coverage of prediction sets does not.
@@ -13,7 +14,10 @@ the epochs (`candidates`); the coverage of prediction sets does not.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from convlens import metrics
-from convlens.errors import UsageError
+from convlens.errors import UsageError, wrong_type
 from convlens.uncertainty import conformal, outliers, selective
 from convlens.uncertainty.selective import AnswerThreshold
 from convlens.uncertainty.temperature import fit_temperature
@@ -41,16 +45,24 @@ class ReservedOutputs:
         label_probs: the probability of its true class, `[n]`.
         correct: whether it is classified correctly, `[n]`.
         candidates: a promise divides its delta by this, since these images also chose the epoch.
+        grouped: whether each image is of another group (`data.group`).
     """
 
     confidences: Floats
     label_probs: Floats
     correct: Bools
     candidates: int
+    grouped: bool = False
 
     @classmethod
     def of(
-        cls, logits: npt.ArrayLike, labels: npt.ArrayLike, temperature: float, candidates: int
+        cls,
+        logits: npt.ArrayLike,
+        labels: npt.ArrayLike,
+        temperature: float,
+        candidates: int,
+        *,
+        grouped: bool = False,
     ) -> ReservedOutputs:
         """Compute them from logits `[n, K]` and labels `[n]`."""
         matrix, targets = np.asarray(logits), np.asarray(labels)
@@ -59,10 +71,16 @@ class ReservedOutputs:
             probs = metrics.softmax(matrix[rows], temperature)
             confidences[rows] = probs.max(axis=1)
             label_probs[rows] = np.take_along_axis(probs, targets[rows, None], axis=1)[:, 0]
-        return cls(confidences, label_probs, matrix.argmax(axis=1) == targets, candidates)
+        correct = matrix.argmax(axis=1) == targets
+        return cls(confidences, label_probs, correct, candidates, grouped)
 
     def __len__(self) -> int:
         return len(self.correct)
+
+    @property
+    def unit(self) -> str:
+        """What a promise counts."""
+        return "reserved validation groups" if self.grouped else "reserved validation images"
 
 
 @dataclass(frozen=True)
@@ -85,11 +103,16 @@ class OutlierDetector:
     @cached_property
     def _unit_reference(self) -> npt.NDArray[np.float32] | None:
         # In half precision the lengths are not exactly 1 any more.
-        return None if self.reference is None else outliers.l2_normalize(self.reference)
+        return None if self.reference is None else outliers.unit_reference(self.reference)
 
     @property
     def uses_features(self) -> bool:
         return self.reference is not None and self.distance_threshold is not None
+
+    @property
+    def can_score(self) -> bool:
+        """Whether there is a threshold at all."""
+        return self.uses_features or self.energy_threshold is not None
 
     def scores(
         self, logits: npt.ArrayLike, temperature: float, features: npt.ArrayLike | None
@@ -136,8 +159,6 @@ class ModelCalibration:
         Raises:
             UsageError: there are fewer reserved images than the promise needs, or none.
         """
-        _check_share("min_accuracy", min_accuracy)
-        _check_share("confidence", confidence)
         reserved = self._require_reserved(f"a promise of {as_percent(min_accuracy)} accuracy")
         limits = {
             "max_risk": 1 - min_accuracy,
@@ -149,8 +170,8 @@ class ModelCalibration:
             chosen = ", because they also chose the epoch" if chose_epoch else ""
             raise UsageError(
                 f"a promise of {as_percent(min_accuracy)} accuracy with {as_percent(confidence)} "
-                f"confidence needs at least {needed:,} reserved validation images{chosen}; this "
-                f"model has {len(reserved):,}",
+                f"confidence needs at least {needed:,} {reserved.unit}{chosen}; this model has "
+                f"{len(reserved):,}",
                 fix="promise less (--min-accuracy), hold out more (data.val_fraction)"
                 + (", or train with train.keep=last, for which fewer are enough" * chose_epoch),
             )
@@ -164,14 +185,13 @@ class ModelCalibration:
         Raises:
             UsageError: there are fewer reserved images than this coverage needs, or none.
         """
-        _check_share("prediction_set", coverage)
         reserved = self._require_reserved("a prediction set")
         threshold = conformal.conformal_threshold(reserved.label_probs, coverage)
         if threshold is None:
             raise UsageError(
                 f"prediction sets with {as_percent(coverage)} coverage need at least "
-                f"{conformal.min_images_for_coverage(coverage):,} reserved validation images; this "
-                f"model has {len(reserved):,}",
+                f"{conformal.min_images_for_coverage(coverage):,} {reserved.unit}; this model has "
+                f"{len(reserved):,}",
                 fix="ask for less coverage (--prediction-set), or hold out more "
                 "(data.val_fraction)",
             )
@@ -198,6 +218,7 @@ class ModelCalibration:
                 "label_probs": _encode(self.reserved.label_probs),
                 "correct": _encode(self.reserved.correct),
                 "candidates": self.reserved.candidates,
+                **({"grouped": True} if self.reserved.grouped else {}),
             }
         if self.detector is not None:
             metadata["outliers"] = {
@@ -226,6 +247,7 @@ class ModelCalibration:
                 _decode(stored["label_probs"], np.float64),
                 _decode(stored["correct"], np.bool_),
                 int(stored["candidates"]),
+                bool(stored.get("grouped", False)),
             )
             if not len(reserved.confidences) == len(reserved.label_probs) == len(reserved):
                 raise ValueError("reserved outputs of different lengths")
@@ -271,8 +293,36 @@ def reserved_half(labels: npt.ArrayLike, seed: int) -> Bools:
     return reserved
 
 
+def validation_halves(
+    labels: npt.ArrayLike, groups: Sequence[str] | None, seed: int
+) -> tuple[Bools, Bools]:
+    """Return which validation images are in the fitting half and in the reserved one, `[N]` each.
+
+    With groups, each group is in one half, and the reserved half has one image of each of its
+    groups, drawn at random. Images of a group are alike: a promise that counted all of them would
+    count the same evidence several times.
+    """
+    targets = np.asarray(labels)
+    if groups is None:
+        reserved = reserved_half(targets, seed)
+        return ~reserved, reserved
+    _, group_of = np.unique(np.asarray(groups), return_inverse=True)
+    order = np.random.default_rng([seed, HALF_SEED]).permutation(len(targets))
+    _, first = np.unique(group_of[order], return_index=True)
+    image_of = order[first]  # of each group
+    is_reserved = reserved_half(targets[image_of], seed)
+    reserved = np.zeros(len(targets), np.bool_)
+    reserved[image_of[is_reserved]] = True
+    return ~is_reserved[group_of], reserved
+
+
 def fit_calibration(
-    outputs: ValidationOutputs, *, seed: int, candidates: int, classes: int
+    outputs: ValidationOutputs,
+    *,
+    seed: int,
+    candidates: int,
+    classes: int,
+    groups: Sequence[str] | None = None,
 ) -> ModelCalibration:
     """Fit everything that a model file stores.
 
@@ -281,9 +331,9 @@ def fit_calibration(
         seed: of the halves.
         candidates: as in `ReservedOutputs`.
         classes: number of classes.
+        groups: the group of each image.
     """
-    is_reserved = reserved_half(outputs.labels, seed)
-    fitting = ~is_reserved
+    fitting, is_reserved = validation_halves(outputs.labels, groups, seed)
     logits, labels = outputs.logits[fitting], outputs.labels[fitting]
     temperature = fit_temperature(logits, labels) or 1.0
     energies = outliers.energy(logits, temperature)
@@ -292,12 +342,16 @@ def fit_calibration(
         # Rounded first: the distances must be those of the stored vectors.
         reference = outliers.l2_normalize(outputs.reference).astype(np.float16)
         k = outliers.num_neighbors(len(reference), classes)
-        unit = outliers.l2_normalize(reference)
+        unit = outliers.unit_reference(reference)
         distances = outliers.neighbor_distances(outputs.features[fitting], unit, k)
         threshold = outliers.outlier_threshold(distances)
         detector = OutlierDetector(detector.energy_threshold, threshold, k, reference)
     reserved = ReservedOutputs.of(
-        outputs.logits[is_reserved], outputs.labels[is_reserved], temperature, candidates
+        outputs.logits[is_reserved],
+        outputs.labels[is_reserved],
+        temperature,
+        candidates,
+        grouped=groups is not None,
     )
     return ModelCalibration(temperature, int(fitting.sum()), reserved, detector)
 
@@ -307,12 +361,27 @@ def as_percent(share: float) -> str:
     return f"{100 * share:.4g}%"
 
 
-def _check_share(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise UsageError(
-            f"{name}={value:g} must be between 0 and 1 (0% and 100%), both excluded",
-            fix="e.g. 95%, or 0.95 in Python",
-        )
+def parse_share(name: str, value: object) -> float:
+    """Return a share that is given as a number, such as 0.95, or as text, such as `95%`.
+
+    Args:
+        name: the option or argument, for the message.
+
+    Raises:
+        UsageError: it is neither, or not between 0 and 1.
+    """
+    share = math.nan
+    if isinstance(value, str):
+        text = value.strip()
+        with suppress(ValueError):
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+        share = float(value)
+    else:
+        raise wrong_type(name, value, "give a share such as 0.95 or '95%'")
+    if not 0 < share < 1:
+        raise UsageError(f"{name} {value}: not between 0% and 100%", fix="e.g. 95%, or 0.95")
+    return share
 
 
 def _optional_float(value: Any) -> float | None:

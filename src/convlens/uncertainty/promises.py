@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from convlens import metrics
-from convlens.uncertainty.calibration import ModelCalibration
+from convlens.uncertainty.calibration import ModelCalibration, parse_share
 from convlens.uncertainty.conformal import prediction_sets
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+ShareLike = float | str  # 0.95 or "95%"
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,26 @@ class Promises:
     def of(
         cls,
         calibration: ModelCalibration,
-        min_accuracy: float | None,
-        confidence: float,
-        prediction_set: float | None,
+        min_accuracy: ShareLike | None,
+        confidence: ShareLike,
+        prediction_set: ShareLike | None,
     ) -> Promises:
         """Find the thresholds of a model.
 
         Raises:
             UsageError: the model has too few held-out images, or a value is not between 0 and 1.
         """
+        share = parse_share("confidence", confidence)
+        accuracy = coverage = None
         answer_from = set_from = 0.0
         if min_accuracy is not None:
-            found = calibration.answer_threshold(min_accuracy, confidence)
+            accuracy = parse_share("min_accuracy", min_accuracy)
+            found = calibration.answer_threshold(accuracy, share)
             answer_from = np.inf if found is None else found.threshold
         if prediction_set is not None:
-            set_from = calibration.set_threshold(prediction_set)
-        return cls(min_accuracy, confidence, answer_from, prediction_set, set_from)
+            coverage = parse_share("prediction_set", prediction_set)
+            set_from = calibration.set_threshold(coverage)
+        return cls(accuracy, share, answer_from, coverage, set_from)
 
     def unsure(self, probs: Floats) -> Bools:
         """Return which images are not answered, `[N]`."""

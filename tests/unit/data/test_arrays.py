@@ -245,3 +245,25 @@ def test_tensors_and_arrays_of_other_libraries_are_converted() -> None:
     assert not any(map(is_array, ([1], b"a", None)))
     with pytest.raises(UsageError, match=r"can't be converted.*[Ss]parse"):
         as_array(torch.zeros(2, 3).to_sparse())
+
+
+def test_two_channels_and_masked_values_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"shape \(8, 9, 2\) does not hold images"):
+        to_nchw(np.zeros((8, 9, 2), np.uint8))
+    assert to_nchw(np.zeros((8, 9, 2), np.uint8), channels="none").shape == (8, 1, 9, 2)
+    values = np.ma.masked_array(np.zeros((8, 8)), np.eye(8))
+    with pytest.raises(UsageError, match="masked values") as error:
+        as_array(values)
+    assert "filled" in error.value.fix
+    assert as_array(np.ma.masked_array(np.ones(3))).tolist() == [1, 1, 1]
+
+
+def test_nan_in_a_range_is_black() -> None:
+    values = np.array([np.nan, -np.inf, 2, np.inf]).reshape(1, 1, 2, 2)
+    assert to_uint8(values, value_range=(0, 4)).ravel().tolist() == [0, 0, 128, 255]
+    assert to_uint8(values, stored_range=(0, 4)).ravel().tolist() == [0, 0, 128, 255]
+    with pytest.raises(UsageError, match=r"75\.0% are NaN"):
+        to_uint8(values)
+    both = np.concatenate([values, np.full_like(values, np.nan)])
+    with pytest.raises(UsageError, match="finite"):
+        to_uint8(both, value_range=(0, 4))

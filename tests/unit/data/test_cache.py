@@ -10,6 +10,7 @@ import sys
 import time
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from convlens.data.cache import (
     decode_images,
     in_memory,
 )
-from convlens.data.decode import Conversion
+from convlens.data.decode import Conversion, UnreadableImage
 from convlens.data.types import FilePaths
 from convlens.errors import DataError, ResourceError
 from helpers.support import BAD_DISK
@@ -109,6 +110,36 @@ def test_cache_key_changes_with_every_input(tmp_path: Path, store: Path) -> None
         f"(2, Conversion(size=8, channels=1, fit='crop'), {paths.stat_digest()!r})"
     )
     assert cache._key(paths, GREY8) == sha256(of_earlier_versions.encode()).hexdigest()[:40]
+
+
+def test_images_that_earlier_versions_refused_for_nan_are_decoded_again(
+    tmp_path: Path, store: Path
+) -> None:
+    paths = files(tmp_path / "a", 3)
+    for reason, kept in (
+        ("damaged (it holds values that are not finite (NaN or infinity))", {}),
+        ("the file is cut short", {1: "the file is cut short"}),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            decode = Conversion.file
+
+            def refuse(
+                conversion: Conversion,
+                source: bytes,
+                name: str,
+                reason: str = reason,
+                decode: Any = decode,
+            ) -> Any:
+                if name == paths[1]:
+                    raise UnreadableImage(name, reason)
+                return decode(conversion, source, name)
+
+            patch.setattr(Conversion, "file", refuse)
+            patch.setattr(cache, "NAN_REFUSED", "of an earlier version")
+            assert decode_images(paths, GREY8, memory_budget=PLENTY).bad == {1: reason}
+        assert decode_images(paths, GREY8, memory_budget=PLENTY).bad == kept
+        for path in store.iterdir():
+            path.unlink()
 
 
 def test_content_hash_does_not_depend_on_the_folder(tmp_path: Path) -> None:

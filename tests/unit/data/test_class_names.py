@@ -8,10 +8,14 @@ import pytest
 from convlens.data.class_names import (
     describe_similar,
     fold_class_name,
+    is_missing_label,
     match_class_names,
+    may_be_missing_label,
     rename_classes,
     similar_class_names,
+    sort_classes,
     strip_invisible,
+    unknown_classes,
 )
 from convlens.data.types import DataSource, FilePaths, Part
 from convlens.errors import DataError, UsageError
@@ -108,3 +112,35 @@ def test_an_unknown_class_can_not_be_renamed() -> None:
     with pytest.raises(UsageError, match="no class 'dogs'") as caught:
         rename_classes(make_source([0, 1, 2]), {"dogs": "cat"})
     assert caught.value.fix == "did you mean dog?"
+
+
+def test_words_for_a_missing_label_are_recognized() -> None:
+    assert all(map(is_missing_label, ("", "nan", "NaN", "None", "null", "N/A", "<NA>")))
+    assert not any(map(is_missing_label, ("none", "cat", "nanny", "0", "N")))
+    assert all(map(may_be_missing_label, ("none", "?", "Unlabeled")))
+    assert not any(map(may_be_missing_label, ("cat", "nones")))
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["10", "9", "2"], ("2", "9", "10")),
+        (["010", "9"], ("9", "010")),
+        (["10", "9", "n2"], ("10", "9", "n2")),
+        ([], ()),
+    ],
+)
+def test_classes_are_sorted_by_number_if_all_are_numbers(
+    names: list[str], order: tuple[str, ...]
+) -> None:
+    assert sort_classes(names) == order
+
+
+def test_numbers_beside_names_are_explained() -> None:
+    problem = unknown_classes("val", ["0", "1"], ["cat", "dog"])
+    assert problem.items == ["0, 1 (numbers; train has names: cat, dog)"]
+    assert """'data.rename={"0": "cat"}'""" in problem.fix
+    assert unknown_classes("val", ["7"], ["1", "2"]).items == ["7"]
+    assert unknown_classes("val", ["7", "x"], ["cat"]).items == ["7", "x"]
+    assert not unknown_classes("val", [], ["cat"]).items
+    assert unknown_classes("val", ["7"], []).items == ["7"]

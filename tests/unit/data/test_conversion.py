@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ from convlens.data.audit import audit
 from convlens.data.cache import ArrayRows, decode_images
 from convlens.data.conversion import (
     choose_conversion,
+    conversion_with_keys,
+    deep_image_notes,
     kept_area,
     level_warnings,
     pixel_warnings,
@@ -26,8 +30,9 @@ from convlens.data.conversion import (
     value_range_of,
 )
 from convlens.data.dataset import Data, load_data
-from convlens.data.decode import Conversion, Pixels, UnreadableImage
+from convlens.data.decode import Conversion, Pixels
 from convlens.data.types import EncodedFiles
+from convlens.errors import UsageError
 from convlens.recipe import DataConfig
 
 PLENTY = 1 << 30
@@ -219,16 +224,48 @@ def test_mixed_sets_keep_the_values_of_eight_bit_images() -> None:
     )
 
 
-def test_not_a_number_is_an_error_of_its_file() -> None:
-    good, bad = np.ones((4, 4), np.float32), np.ones((4, 4), np.float32)
-    good[0], bad[0, 0] = 0, np.nan
+def test_not_a_number_is_left_out_of_the_range_and_stated() -> None:
+    good, bad = np.full((4, 4), 30, np.float32), np.full((4, 4), 30, np.float32)
+    good[0], bad[0, 0] = 20, np.nan
     files = Encoded([encoded(good, "TIFF"), encoded(bad, "TIFF")])
-    choice = choose_conversion(DataConfig(), files, files.numbers)
-    assert choice.conversion.value_range == (0, 1)
-    choice.conversion.file(files.contents[0])
-    for conversion in (choice.conversion, Conversion(4, 1, "crop")):
-        with pytest.raises(UnreadableImage, match="not finite"):
-            conversion.file(files.contents[1])
+    for requested in ("auto", (20.0, 30.0)):
+        choice = choose_conversion(DataConfig(range=requested, image_size=8), files, files.numbers)
+        assert choice.conversion.value_range == (20, 30)
+        (warning,) = (note for note in choice.notes if note.startswith("warning:"))
+        assert "1 of 2 training images have values that are NaN or infinite (6.2% of" in warning
+        assert "NaN becomes black" in warning
+        small = replace(choice.conversion, size=4)
+        np.testing.assert_array_equal(small.file(files.contents[0])[0][:2], [[0] * 4, [255] * 4])
+        assert small.file(files.contents[1]).ravel().tolist() == [0, *[255] * 15]
+
+
+def test_deep_images_for_a_model_of_8_bit_images_are_stated() -> None:
+    model = Conversion(4, 1, "crop")
+    shallow, deep = encoded(np.zeros((4, 4), np.uint8), "PNG"), encoded(sensor_values(2000), "PNG")
+    files = Encoded([shallow, deep, deep])
+    (note,) = deep_image_notes(files, model)
+    assert note.startswith(
+        "warning: 2 of 3 images have more than 8 bits per value, the first is image 1;"
+    )
+    assert "data.range=[low, high]" in note
+    assert deep_image_notes(files, replace(model, value_range=(0, 4095))) == []
+    assert deep_image_notes(Encoded([shallow]), model) == []
+    with_nan = np.full((4, 4), np.nan, np.float32)
+    with_nan[0] = 1
+    floats = Encoded([encoded(with_nan, "TIFF")])
+    (note,) = deep_image_notes(floats, replace(model, value_range=(0, 1)))
+    assert "1 of 1 images have values that are NaN or infinite (75.0% of their pixels)" in note
+
+
+def test_keys_of_another_set_change_the_range_but_not_what_the_network_sees() -> None:
+    model = Conversion(16, 1, "pad")
+    given = DataConfig(range=(0, 4095), max_pixels=7, fit="pad", image_size=16)
+    assert conversion_with_keys(model, given) == Conversion(
+        16, 1, "pad", value_range=(0, 4095), max_pixels=7
+    )
+    assert conversion_with_keys(model, DataConfig()) == model
+    with pytest.raises(UsageError, match=r"data.image_size=32, data.fit=crop can't be changed"):
+        conversion_with_keys(model, DataConfig(image_size=32, fit="crop"))
 
 
 def test_runs_of_earlier_versions_keep_their_conversion() -> None:
@@ -415,7 +452,33 @@ def test_outliers_that_determine_the_range_get_a_warning() -> None:
     (warning,) = range_warnings([values], (100, 60_000))
     assert warning.startswith("warning: 90% of the pixels")
     assert "fall into 2 of 256 levels" in warning
+    assert "e.g. data.range=[100,159], which leaves out 7.69% of the pixels" in warning
     assert range_warnings([values], (100, 160)) == []
+
+
+@pytest.mark.parametrize(
+    ("outliers", "share"),
+    [(65_535.0, 0.005), (-9999.0, 0.06), (-9999.0, 0.2), (1e9, 0.01)],
+)
+def test_the_suggested_range_is_that_of_the_other_values(outliers: float, share: float) -> None:
+    """Hot pixels, and numbers that stand for missing values."""
+    values = np.random.default_rng(0).uniform(20, 35, 10_000)
+    values[: round(share * len(values))] = outliers
+    found = value_range_of([values])
+    (warning,) = range_warnings([values], found)
+    suggested = re.search(r"data\.range=\[(.*),(.*)\]", warning)
+    assert suggested is not None
+    low, high = float(suggested[1]), float(suggested[2])
+    assert low == pytest.approx(20, abs=0.02)
+    assert high == pytest.approx(35, abs=0.02)
+    assert f"leaves out {share:.2%} of the pixels" in warning
+    assert range_warnings([values], (low, high)) == []
+
+
+def test_a_constant_background_does_not_hide_the_suggested_range() -> None:
+    values = np.concatenate([np.zeros(8000), np.arange(1000, 1995, 0.5), np.full(10, 65_535)])
+    (warning,) = range_warnings([values.astype(np.uint16)], (0, 65_535))
+    assert "e.g. data.range=[0,1994]" in warning
 
 
 def test_loading_for_a_trained_model_converts_as_it_was_trained(tmp_path: Path) -> None:

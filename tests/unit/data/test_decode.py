@@ -17,6 +17,7 @@ from PIL import Image
 
 from convlens.data.decode import (
     MAX_PIXELS,
+    DeepFacts,
     UnreadableImage,
     decode,
     decode_pil,
@@ -228,10 +229,56 @@ def test_scaling_by_hand() -> None:
         scale_to_uint8(values, (3, 3))
 
 
-def test_not_a_number_is_unreadable() -> None:
-    content = encoded(Image.fromarray(np.array([[0, np.nan]], np.float32)), "TIFF")
-    with pytest.raises(UnreadableImage, match="not finite"):
-        plain(content)
+def test_not_a_number_becomes_black() -> None:
+    values = np.array([[-1, 0, 3], [np.nan, np.inf, -np.inf]], np.float32)
+    content = encoded(Image.fromarray(values), "TIFF")
+    facts = list[DeepFacts]()
+    for value_range, expected in (
+        (None, [[0, 64, 255], [0, 255, 0]]),  # -1 to 3: the finite values
+        ((0, 6), [[0, 0, 128], [0, 255, 0]]),
+    ):
+        got = decode(
+            content,
+            size=None,
+            channels=1,
+            fit="crop",
+            value_range=value_range,
+            report=facts.append,
+        )
+        assert got[0].tolist() == expected
+        image = Image.open(io.BytesIO(content))
+        by_pil = decode_pil(image, size=None, channels=1, fit="crop", value_range=value_range)
+        np.testing.assert_array_equal(by_pil, got)
+    assert facts == [DeepFacts(True, 0.5), DeepFacts(False, 0.5)]
+
+
+def test_images_without_a_finite_value_are_unreadable() -> None:
+    content = encoded(Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF")
+    for value_range in (None, (0, 1)):
+        with pytest.raises(UnreadableImage) as error:
+            decode(content, size=None, channels=1, fit="crop", value_range=value_range)
+        assert error.value.reason == "none of its values is finite (all are NaN or infinity)"
+
+
+def test_only_deep_images_are_reported() -> None:
+    facts = list[DeepFacts]()
+    images = {
+        "PNG": np.zeros((4, 4), np.uint8),
+        "JPEG": np.zeros((4, 4, 3), np.uint8),
+    }
+    for kind, pixels in images.items():
+        decode(
+            encoded(Image.fromarray(pixels), kind),
+            size=2,
+            channels=1,
+            fit="crop",
+            report=facts.append,
+        )
+    assert facts == []
+    deep = Image.fromarray(np.full((4, 4), 500, np.uint16))
+    decode(encoded(deep, "PNG"), size=2, channels=1, fit="crop", report=facts.append)
+    decode_pil(deep, size=2, channels=1, fit="crop", report=facts.append)
+    assert facts == [DeepFacts(True, 0.0)] * 2
 
 
 def test_cmyk_and_one_bit() -> None:
@@ -535,9 +582,9 @@ def limited(content: bytes, max_pixels: int, size: int | None = 8) -> np.ndarray
 
 def test_the_limit_of_pixels_can_be_changed() -> None:
     content = encoded(Image.fromarray(rgb(30, 40)), "PNG")
-    with pytest.raises(UnreadableImage, match=r"1,199 pixels .*\(40 x 30\); data.max_pixels"):
+    with pytest.raises(UnreadableImage, match=r"1,199 pixels .*\(40 x 30\); .*data.max_pixels"):
         limited(content, 1199)
-    with pytest.raises(UnreadableImage, match=r"data\.max_pixels raises"):
+    with pytest.raises(UnreadableImage, match=r"set data\.max_pixels"):
         probe_image(content, max_pixels=1199)
     assert limited(content, 1200, size=None).shape == (3, 30, 40)
     assert probe_image(content, max_pixels=1200).width == 40
@@ -601,3 +648,15 @@ def test_invalid_arguments_are_usage_errors() -> None:
     for wrong in ({"fit": "squash"}, {"channels": 2}, {"size": 0}):
         with pytest.raises(UsageError):
             decode(b"", **{"size": 8, "channels": 3, "fit": "crop", **wrong})  # type: ignore[arg-type]
+
+
+def test_images_of_the_caller_in_rare_states() -> None:
+    grey_alpha = np.dstack([RAMP, np.full_like(RAMP, 255)])
+    image = Image.fromarray(grey_alpha, "LA")
+    expected = decode_pil(image, size=None, channels=1, fit="crop")
+    got = decode_pil(image.convert("La"), size=None, channels=1, fit="crop")
+    np.testing.assert_array_equal(got, expected)
+    opened = Image.open(io.BytesIO(encoded(image, "PNG")))
+    opened.close()
+    with pytest.raises(UnreadableImage, match="it was closed before its pixels were read"):
+        decode_pil(opened, size=None, channels=1, fit="crop")

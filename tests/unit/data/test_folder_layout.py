@@ -12,8 +12,6 @@ from convlens.data.folder_layout import (
     Layout,
     LayoutOptions,
     find_layout,
-    group_by_label,
-    labels_from_names,
 )
 from convlens.data.layout import ClassChoice, split_from_name
 from convlens.data.sources import find_source
@@ -171,6 +169,45 @@ READINGS: dict[str, tuple[dict[str, int], list[str], Counts, list[str]]] = {
             "val is not used: 3 images without class folders (lists that are not read: val.txt)",
         ],
     ),
+    "classes and splits in the names of the folders": (
+        {"cats_train": 3, "dogs_train": 2, "cats_test": 1, "dogs_test": 1},
+        [],
+        {"train": PETS, "test": {"cats": 1, "dogs": 1}},
+        ["folders are named after classes and splits: cats_test is cats in test"],
+    ),
+    "numbered classes and splits": (
+        {"class1_train": 2, "class2_train": 1, "Class1_test": 1},
+        [],
+        {"train": {"Class1": 2, "class2": 1}, "test": {"Class1": 1}},
+        ["folders are named after classes and splits: Class1_test is Class1 in test"],
+    ),
+    "a class without test images": (
+        {"cats_train": 3, "dogs_train": 2, "cats_test": 1, "empty": 0},
+        [],
+        {"train": PETS, "test": {"cats": 1}},
+        ["folders are named after classes and splits: cats_test is cats in test"],
+    ),
+    "CycleGAN": (
+        {"trainA": 3, "trainB": 2, "testA": 1, "testB": 1},
+        [],
+        {"train": {"A": 3, "B": 2}, "test": {"A": 1, "B": 1}},
+        ["folders are named after classes and splits: testA is A in test"],
+    ),
+    "training and validation together": (
+        {"trainval/cats": 3, "trainval/dogs": 2, "test/dogs": 1},
+        [],
+        {"train": PETS, "test": {"dogs": 1}},
+        ["splits: train is trainval, test is test"],
+    ),
+    "numbers of classes in names": (
+        {},
+        [f"digits/{label}_{i}.png" for label in range(2) for i in range(3)],
+        {"train": {"0": 3, "1": 3}},
+        [
+            "read from digits, the only folder with images",
+            "classes are read from the names of the files (0_0.png): 0, 1",
+        ],
+    ),
     "words that contain others": (
         {"train station": 1, "test tubes": 1, "valley": 1, "trainers": 1, "bullet_train": 1},
         [],
@@ -256,11 +293,39 @@ SCENES = {"a/airfield": 2, "a/alcove": 1, "b/beach/indoor": 2, "b/beach/outdoor"
             ["data.without=[test] (what is inside pets)"],
         ),
         ({"valid": 2, "invalid": 2}, "splits or classes: valid", ["data.layout=classes"]),
-        ({"train_val/a": 1, "train_val/b": 1, "test/a": 1}, "splits or classes: test", ["rename"]),
         (
-            {"cat_train": 1, "cat_test": 1, "dog_train": 1, "dog_test": 1},
+            {"train_test/a": 1, "train_test/b": 1, "test/a": 1},
+            "splits or classes: test",
+            ["rename"],
+        ),
+        (
+            {f"{name}_{split}/x": 1 for name in ("cat", "dog") for split in ("train", "test")},
             "two train folders: cat_train, dog_train",
             ["data.layout=classes"],
+        ),
+        (
+            {f"{split}/{name}": 1 for split in ("train", "train_small", "val") for name in "ab"},
+            "two train folders: train, train_small",
+            [
+                "data.without=[train_small] (uses train)",
+                "data.without=[train] (uses train_small)",
+                "data.layout=classes",
+            ],
+        ),
+        (
+            {"images": 2, "masks": 2},
+            "look like images and annotations, not like classes: masks, images",
+            ["data.layout=classes (2 classes: masks, images)"],
+        ),
+        (
+            {"img/cat": 1, "img/dog": 1, "annotations/cat": 1, "annotations/dog": 1},
+            "look like images and annotations",
+            ["data.without=[annotations] (2 classes: cat, dog)"],
+        ),
+        (
+            {"train/images": 2, "train/labels": 0, "val/images": 1},
+            "images and annotations",
+            ["list"],
         ),
         (
             SCENES,
@@ -313,6 +378,22 @@ def test_keys_choose_between_two_readings(tmp_path: Path) -> None:
     assert read(languages, only=(".net", "java"))[0] == {"train": {".net": 1, "java": 1}}
 
 
+def test_one_of_several_folders_of_a_split_is_chosen(tmp_path: Path) -> None:
+    counts = {"train/a": 2, "train/b": 2, "train_small/a": 1, "train_small/b": 1, "test/a": 1}
+    root = write_files(tmp_path / "x", counts)
+    found, notes = read(root, without=("train_small",))
+    assert found == {"train": {"a": 2, "b": 2}, "test": {"a": 1}}
+    assert "ignored folders: train_small" in notes
+    assert read(root, without=("train",))[0] == {"train": {"a": 1, "b": 1}, "test": {"a": 1}}
+
+
+def test_numbers_in_names_that_may_not_be_classes_are_an_error(tmp_path: Path) -> None:
+    files = [f"{year}_{i}.png" for year in (2018, 2019) for i in range(3)]
+    with pytest.raises(DataError, match="6 images whose names do not tell a class") as caught:
+        read(write_files(tmp_path / "x", {}, files))
+    assert "path,label" in caught.value.fix
+
+
 def test_leaf_classes_are_named_alike_in_all_splits(tmp_path: Path) -> None:
     counts = {"train/a/airfield": 2, "train/b/barn": 1, "train/b": 1, "val/b/barn": 1}
     found, _ = read(write_files(tmp_path / "x", counts), level="leaf")
@@ -339,30 +420,6 @@ def test_flat_folders_without_labels_say_what_they_hold(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="4 images whose names do not tell a class") as caught:
         read(write_files(tmp_path / "x", {}, files))
     assert "labels.csv can't be read as a list of images" in caught.value.what
-
-
-def test_labels_in_names_are_words_before_a_number() -> None:
-    assert group_by_label(["cat.0.jpg", "cat_1.png", "big-dog 12.jpg", "dog (3).jpg"]) == {
-        "cat": ["cat.0.jpg", "cat_1.png"],
-        "big-dog": ["big-dog 12.jpg"],
-        "dog": ["dog (3).jpg"],
-    }
-    for name in (
-        "cat0.jpg",
-        "cat.jpg",
-        "7.jpg",
-        "IMG_7.jpg",
-        "images-7.jpg",
-        "a1_7.jpg",
-        "a_7b.jpg",
-    ):
-        assert group_by_label(["cat.0.jpg", name]) is None
-    two = ["cat.0.jpg", "cat.1.jpg", "dog.0.jpg", "dog.1.jpg"]
-    assert set(labels_from_names(two)) == {"cat", "dog"}
-    assert not labels_from_names(two[:3])  # a single image of a class
-    assert not labels_from_names(two[:2])
-    assert not labels_from_names([*two, "Cat.7.jpg", "Cat.8.jpg"])
-    assert not labels_from_names([])
 
 
 # Random layouts

@@ -13,6 +13,7 @@ import pytest
 from convlens.data import scan
 from convlens.data.folder_layout import LayoutOptions
 from convlens.data.layout import ClassChoice
+from convlens.data.list_columns import ListOptions
 from convlens.data.sources import find_source
 from convlens.errors import DataError, UsageError
 from helpers.datasets import write_class_folders, write_image
@@ -92,8 +93,24 @@ def test_classes_match_by_name_in_any_unicode_form(tmp_path: Path) -> None:
         ({"a": 1, "b": 0, "c": 0}, ["without images: b, c"]),
         ({"a": 3}, ["only one class folder: a"]),
         (
+            {"train/a": 1, "train/b": 1, "train/c": 0, "val/c": 3, "test/c": 2},
+            [r"class folders in train without images: c \(val has 3, test has 2\)"],
+        ),
+        (
+            {"train/cat": 1, "train/dog": 1, "val/0": 1, "val/1": 1},
+            [r"in val that train lacks: 0, 1 \(numbers; train has names: cat, dog\)"],
+        ),
+        (
             {"train/Cat": 1, "train/dog": 1, "train/none": 0, "test/cat": 1, "val/cow": 1},
-            ["without images: none", r"in test .* 'cat' \(train has 'Cat'\)", "in val .* 'cow'"],
+            [
+                "in train without images: none",
+                r"in test .* 'cat' \(train has 'Cat'\)",
+                "in val .* 'cow'",
+            ],
+        ),
+        (
+            {"train/a": 0, "train/b": 0, "val/a": 2},
+            [r"any class folder of train \(val has 2\): a, b"],
         ),
         ({"train/a": 1, "train/b": 1, "training/a": 1}, ["two train folders: train, training"]),
         ({"test/a": 1, "val/a": 1}, ["no train folder"]),
@@ -173,7 +190,7 @@ def test_classes_that_are_left_out_are_not_checked(tmp_path: Path) -> None:
     counts = {"train/a": 1, "train/b": 1, "train/empty": 0, "val/a": 1, "val/odd": 1}
     root = write_class_folders(tmp_path / "x", counts)
     with pytest.raises(
-        DataError, match=r"without images: empty; classes in val .* 'odd'"
+        DataError, match=r"in train without images: empty; classes in val .* 'odd'"
     ) as caught:
         find_source(str(root))
     assert "data.without=[odd]" in caught.value.fix
@@ -186,6 +203,35 @@ def test_classes_that_are_left_out_are_not_checked(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="only one class folder: a") as caught:
         find_source(str(root), choice=ClassChoice(only=("a",)))
     assert caught.value.fix == "choose more classes"
+
+
+def test_classes_are_renamed_before_the_splits_are_compared(tmp_path: Path) -> None:
+    counts = {"train/cat": 2, "train/dog": 1, "val/Cat": 1, "val/dog": 1, "train/new": 0}
+    root = str(write_class_folders(tmp_path / "x", counts))
+    with pytest.raises(DataError, match=r"'Cat' \(train has 'cat'\)"):
+        find_source(root, choice=ClassChoice(without=("new",)))
+    lists = ListOptions(rename={"Cat": "cat"})
+    # A class that is left out is not checked, and is named as it is called afterwards.
+    source = find_source(root, choice=ClassChoice(without=("new",)), lists=lists)
+    assert source.classes == ("cat", "dog")
+    assert source.parts["val"].labels.tolist() == [0, 1]
+    both = ListOptions(rename={"Cat": "pet", "cat": "pet"})
+    source = find_source(root, choice=ClassChoice(only=("dog", "pet")), lists=both)
+    assert source.classes == ("dog", "pet")
+    assert source.parts["train"].labels.tolist() == [1, 1, 0]
+    assert source.parts["val"].labels.tolist() == [1, 0]
+    with pytest.raises(DataError, match="classes in val that train lacks: 'tiger'"):
+        find_source(
+            root, choice=ClassChoice(without=("new",)), lists=ListOptions(rename={"Cat": "tiger"})
+        )
+    with pytest.raises(UsageError, match=r"data.rename: no class 'cow'"):
+        find_source(root, lists=ListOptions(rename={"cow": "cat"}))
+
+
+def test_empty_class_folders_of_other_splits_are_noted(tmp_path: Path) -> None:
+    counts = {"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 0}
+    source = find_source(str(write_class_folders(tmp_path / "x", counts)))
+    assert source.notes == ("val: class folders without images: b",)
 
 
 def test_link_cycles_are_skipped_and_special_files_counted(tmp_path: Path) -> None:

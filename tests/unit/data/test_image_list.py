@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from convlens.data.dataset import load_data
+from convlens.data.folder_layout import LayoutOptions
 from convlens.data.image_list import escape_csv_formula, unescape_csv_formula
+from convlens.data.layout import ClassChoice, list_override
 from convlens.data.list_columns import ListOptions
 from convlens.data.sources import find_source
 from convlens.data.types import DataSource
@@ -215,6 +217,76 @@ def test_a_file_without_extension_is_judged_by_its_content(images: Path) -> None
     text = "path,label\nimg/cat_0,cat\nimg/dog_0.png,dog\n"
     source = find_source(write_csv(images / "a.csv", text))
     assert list(source.parts["train"].ids) == ["img/cat_0", "img/dog_0.png"]
+
+
+MISSING = ["", "nan", "NaN", "None", "null", "N/A", "<NA>"]
+
+
+@pytest.mark.parametrize("word", MISSING)
+def test_a_word_for_a_missing_label_is_not_a_class(images: Path, word: str) -> None:
+    text = "path,label\n" + "".join(f"img/{n},{n[:3]}\n" for n in NAMES[:5])
+    name = write_csv(images / "a.csv", f"{text}img/{NAMES[5]},{word}\n")
+    shown = f" ({word})" if word else ""
+    with pytest.raises(DataError) as caught:
+        find_source(name)
+    assert caught.value.what == f"lines without a label: line 7{shown}"
+    assert list_override("data.without", [word]) in caught.value.fix
+    source = find_source(name, choice=ClassChoice(without=(word,)))
+    assert (source.classes, len(source.parts["train"].labels)) == (("cat", "dog"), 5)
+    if not word:
+        return
+    # It is a class if the user, or a model, names it.
+    three = tuple(sorted(["cat", "dog", word]))
+    assert find_source(name, choice=ClassChoice(only=three)).classes == three
+    assert find_source(name, layout=LayoutOptions(known_classes=three)).classes == three
+    rename = ListOptions(rename={word: "nothing"})
+    assert find_source(name, lists=rename).classes == ("cat", "dog", "nothing")
+
+
+def test_a_class_that_may_stand_for_a_missing_label_is_noted(images: Path) -> None:
+    source = read_rows_of(images, "path,label", "img/{name},{label}\nimg/../img/{name},{label}")
+    assert not any("missing label" in note for note in source.notes)
+    text = "path,label\n" + "".join(
+        f"img/{n},{'none' if i else 'cat'}\n" for i, n in enumerate(NAMES)
+    )
+    name = write_csv(images / "a.csv", text)
+    assert find_source(name).notes == (
+        "the class none (5 images) may stand for a missing label: "
+        "data.without=[none] leaves it out",
+    )
+    assert not find_source(name, choice=ClassChoice(only=("cat", "none"))).notes
+
+
+def test_classes_that_are_numbers_are_in_their_order(images: Path) -> None:
+    """ImageNet's list of its validation images."""
+    text = "".join(f"{n} {(7, 10, 2, 100, 65, 9)[i]}\n" for i, n in enumerate(NAMES))
+    (images / "val.txt").write_text(text)
+    source = find_source(str(images / "val.txt"))
+    assert source.classes == ("2", "7", "9", "10", "65", "100")
+    assert source.parts["train"].labels.tolist() == [1, 3, 0, 5, 4, 2]
+    # A run of an earlier version keeps its order, which was that of the names.
+    by_name = tuple(sorted(source.classes))
+    layout = LayoutOptions(known_classes=by_name)
+    source = find_source(str(images / "val.txt"), layout=layout)
+    assert source.classes == by_name
+    assert [by_name[label] for label in source.parts["train"].labels] == [
+        *("7", "10", "2", "100", "65", "9")
+    ]
+    (images / "val.txt").write_text(text.replace(" 7", " n7"))
+    assert find_source(str(images / "val.txt")).classes == ("10", "100", "2", "65", "9", "n7")
+
+
+def test_choices_of_label_studio_are_read_or_refused(images: Path) -> None:
+    uploads = [f"/data/upload/1/{i:08x}-{n}" for i, n in enumerate(NAMES)]
+    rows = [f"{path},{i + 500},{NAMES[i][:3]}" for i, path in enumerate(uploads)]
+    name = write_csv(images / "a.csv", "image,id,choice\n" + "\n".join(rows))
+    source = find_source(name)
+    assert source.parts["train"].images[5] == str(images / "img" / "dog_2.png")
+    assert "6 of 6 paths are uploads to Label Studio" in source.notes[0]
+    rows[0] = f'{uploads[0]},500,"{{""choices"": [""cat"", ""dog""]}}"'
+    name = write_csv(images / "a.csv", "image,id,choice\n" + "\n".join(rows))
+    with pytest.raises(DataError, match="multi-label set: 1 of 6 lines"):
+        find_source(name)
 
 
 WORDS = [

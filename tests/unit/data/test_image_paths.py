@@ -10,7 +10,13 @@ from urllib.parse import quote
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from convlens.data.image_paths import PathFinder, Resolution
+from convlens.data.image_paths import (
+    PathFinder,
+    Resolution,
+    is_file_url,
+    is_url,
+    path_of_file_url,
+)
 
 NAMES = ["cat 1.png", "dog_2.png", "ä.jpg"]
 
@@ -182,3 +188,51 @@ def test_any_names_are_found_in_every_form(
         file.touch()
     result = resolve(root, [FORMS[form](str(root), file.name) for file in files])
     assert result.files == [str(file) for file in files]
+
+
+def test_uploads_to_label_studio_have_their_original_names(folder: Path) -> None:
+    paths = [f"/data/upload/7/0a1b2c3{i}-{name}" for i, name in enumerate(NAMES)]
+    result = resolve(folder, paths)
+    assert result.files == expected(folder)
+    assert result.notes == [
+        "3 of 3 paths are uploads to Label Studio, which were found under their original names"
+    ]
+    assert resolve(folder, [paths[1].lstrip("/")]).files == expected(folder)[1:2]
+    # The exported file itself has priority, and two uploads of one name are not guessed.
+    upload = folder / "img" / Path(paths[1]).name
+    upload.touch()
+    assert resolve(folder, paths[1:2]).files == [str(upload)]
+    twice = resolve(
+        folder, ["/data/upload/7/00000000-dog_2.png", "/data/upload/8/11111111-dog_2.png"]
+    )
+    assert twice.files == [None, None]
+
+
+def test_masks_with_the_names_of_the_images_are_not_taken(tmp_path: Path) -> None:
+    for path in ("images/a.jpg", "annotations/trimaps/a.png", "masks/a.png"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    for folder in (tmp_path / "annotations", tmp_path):
+        assert resolve(folder, ["a"]).files == [str(tmp_path / "images" / "a.jpg")]
+    # Without another folder, they are the images.
+    (tmp_path / "images" / "a.jpg").unlink()
+    assert resolve(tmp_path / "annotations", ["a"]).files == [
+        str(tmp_path / "annotations" / "trimaps" / "a.png")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("file:///a/b%20c", "/a/b c"),
+        ("file://localhost/a", "/a"),
+        ("FILE:/a", "/a"),
+        ("file:///C:/a", "C:/a"),
+    ],
+)
+def test_addresses_of_files_are_paths(text: str, path: str) -> None:
+    assert is_file_url(text)
+    assert not is_url(text)
+    assert path_of_file_url(text) == path
+    assert all(map(is_url, ("https://x/y.zip", "s3://bucket", "gs://b/x", "hf://datasets/x")))
+    assert not any(map(is_url, ("C:\\x", "a/b", "c://x", "x.csv")))

@@ -287,3 +287,21 @@ def test_other_formats_on_stdin_are_named() -> None:
     heic = b"\0\0\0\x18ftypheic" + bytes(8) + b"mif1heic"
     with pytest.raises(DataError, match="it is HEIC, which is not supported: convert it to JPEG"):
         inputs_from_stdin(heic)
+
+
+def test_paths_of_every_type_have_names_of_text() -> None:
+    class BytesPath:
+        def __fspath__(self) -> bytes:
+            return b"a.png"
+
+    for given in (np.array(["a.png"]), [np.str_("a.png")], [BytesPath()], [Path("a.png")]):
+        (image,) = collect_inputs(given)  # type: ignore[arg-type]
+        assert isinstance(image, InputImage)
+        assert (image.name, image.source, type(image.source)) == ("a.png", "a.png", str)
+
+
+def test_released_memory_is_a_usage_error() -> None:
+    view = memoryview(b"x")
+    view.release()
+    with pytest.raises(UsageError, match="memoryview can't be read"):
+        collect_inputs([view])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,15 @@ import pytest
 from convlens.data.layout import (
     ClassChoice,
     Problem,
+    group_by_label,
+    is_annotation_name,
     is_neutral_name,
     is_unlabeled_name,
+    labels_from_names,
     list_examples,
     list_override,
     match_split_names,
+    name_without_split,
     normalize_name,
     raise_problems,
     split_from_name,
@@ -30,14 +35,21 @@ from convlens.recipe import load_recipe
             "train Training train_set training_set trainset trainSet TRAINset Train_data",
             "train",
         ),
-        ("train1 train2014 training.images trainImgs train_split the_train_set train_v2", "train"),
+        ("trainval train_val TrainVal trainval_set train-and-val", "train"),
+        (
+            "train1 train2014 training.images trainImgs train_split the_train_set train_v2",
+            "train",
+        ),
         (
             "val valid DEV validate validation val_set validset eval evaluation holdout hold-out",
             "val",
         ),
-        ("hold_out HoldOut held-out dev1 development", "val"),
+        ("hold_out HoldOut hold-outset HOLD-OUTset held-out dev1 development", "val"),
         ("test testing test_set test1 Test_data testImages TEST_IMAGES_2", "test"),
-        ("cats trainers valley contest testament pretrained devil evaluate_me train_val 1 _", None),
+        (
+            "cats trainers valley contest testament pretrained devil evaluate_me train_test 1 _",
+            None,
+        ),
         ("seg_train train_station bullet_train test_tubes xtrain", None),
     ],
 )
@@ -66,6 +78,9 @@ def test_spellings_of_splits(names: str, split: str | None) -> None:
         ),
         (["dev", "eval"], {"dev": "val", "eval": "test"}),
         (["train", "eval", "test"], {"train": "train", "eval": "val", "test": "test"}),
+        (["trainval", "test"], {"trainval": "train", "test": "test"}),
+        (["train", "val", "trainval"], {"train": "train", "val": "val"}),
+        (["trainA", "testA"], {"trainA": "train", "testA": "test"}),
         (["cats", "dogs"], {}),
         ([], {}),
     ],
@@ -79,6 +94,72 @@ def test_neutral_and_unlabeled_names() -> None:
     assert not any(map(is_neutral_name, ("cats", "imagery", "my images")))
     assert all(map(is_unlabeled_name, ("seg_pred", "predictions", "Unlabeled images")))
     assert not any(map(is_unlabeled_name, ("predator", "test")))
+
+
+@pytest.mark.parametrize(
+    ("name", "rest"),
+    [
+        ("cats_train", "cats"),
+        ("Train - Golden Retriever", "Golden Retriever"),
+        ("trainA", "A"),
+        ("catsTest", "cats"),
+        ("TRAINset_b", "b"),
+        ("class1_train_2", "class1 2"),
+        ("cats", "cats"),
+    ],
+)
+def test_the_word_for_a_split_is_cut_off(name: str, rest: str) -> None:
+    assert name_without_split(name) == rest
+
+
+def test_names_of_annotations() -> None:
+    assert all(
+        map(is_annotation_name, ("annotations", "Labels", "trimaps", "gt_test", "mask_images"))
+    )
+    assert not any(map(is_annotation_name, ("images", "no_mask", "label peeling", "test", "cats")))
+
+
+def test_labels_in_names_are_words_or_numbers_before_a_number() -> None:
+    assert group_by_label(["cat.0.jpg", "cat_1.png", "big-dog 12.jpg", "dog (3).jpg"]) == {
+        "cat": ["cat.0.jpg", "cat_1.png"],
+        "big-dog": ["big-dog 12.jpg"],
+        "dog": ["dog (3).jpg"],
+    }
+    assert group_by_label(["0_12.jpg", "1-3.jpg"]) == {"0": ["0_12.jpg"], "1": ["1-3.jpg"]}
+    for name in (
+        "cat0.jpg",
+        "cat.jpg",
+        "7.jpg",
+        "IMG_7.jpg",
+        "images-7.jpg",
+        "a1_7.jpg",
+        "a_7b.jpg",
+    ):
+        assert group_by_label(["cat.0.jpg", name]) is None
+    assert group_by_label(["cat.0.jpg", "0_7.jpg"]) is None
+    two = ["cat.0.jpg", "cat.1.jpg", "dog.0.jpg", "dog.1.jpg"]
+    assert set(labels_from_names(two)) == {"cat", "dog"}
+    assert not labels_from_names(two[:3])  # a single image of a class
+    assert not labels_from_names(two[:2])
+    assert not labels_from_names([*two, "Cat.7.jpg", "Cat.8.jpg"])
+    assert not labels_from_names([])
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "classes"),
+    [
+        (range(3), range(10, 15), {"0", "1", "2"}),
+        (range(1, 4), range(4), {"1", "2", "3"}),
+        (range(2017, 2020), range(5), set()),  # years
+        ([0, 2], range(5), set()),  # a class is missing
+        (range(10), range(3), set()),  # the second number may be the class
+        (range(3), range(3), set()),
+    ],
+)
+def test_numbers_in_names_are_labels_if_they_can_only_be_classes(
+    labels: Iterable[int], numbers: Iterable[int], classes: set[str]
+) -> None:
+    assert set(labels_from_names(f"{i}_{j}.jpg" for i in labels for j in numbers)) == classes
 
 
 NAMES = ("00012", "bird", "cat", "new folder")

@@ -159,7 +159,17 @@ def test_splits_are_read(name: str, values: list[str], note: str | None) -> None
         ("is_training_image", (["1", "0"],), ["train", "test"] * 3),
         ("train", (["1", "0"],), ["train", "test"] * 3),
         ("train,val,test", (["1", "0", "0"], ["0", "1", "0"], ["0", "0", "1"]), THREE * 2),
+        ("valid", (["1", "0", "0"],), ["val", "train", "train"] * 2),
+        ("Valid,test", (["True", "False", ""], ["", "True", ""]), ["val", "test", "train"] * 2),
+        (
+            "test,valid,train",
+            (["1", "0", "0"], ["0", "1", "0"], ["0", "0", "1"]),
+            ["test", "val", "train"] * 2,
+        ),
+        ("used_for_training", (["1", "0"],), ["train", "test"] * 3),
+        ("in_test,is_holdout", (["1", "0", "0"], ["0", "1", "0"]), ["test", "val", "train"] * 2),
         # An image that is in order, and a number, are no flags.
+        ("valid,is_test", (["1"], ["1", "0"]), ["test", "train"] * 3),
         ("valid,test", (["1", "0"], ["7", "9"]), None),
         ("is_valid_image", (["1", "0"],), None),
     ],
@@ -168,6 +178,36 @@ def test_flags_are_read(
     header: str, columns: tuple[list[str], ...], expected: list[str | None] | None
 ) -> None:
     assert interpret(f"path,label,{header}", lines(["cat", "dog"], *columns)).splits == expected
+
+
+@pytest.mark.parametrize("name", ["valid", "is_valid_image", "test_passed", "bullet train"])
+def test_columns_that_may_be_flags_are_named_with_the_key_that_reads_them(name: str) -> None:
+    rows = lines(["cat", "dog"], ["1", "1", "0"])
+    cells = interpret(f"path,label,{name}", rows)
+    quoted = f"'{name}'" if " " in name else name
+    assert cells.splits is None
+    assert cells.notes == (
+        f"not read as a split: {name} (2 values: 0, 1) (data.split_column={quoted} reads it)",
+    )
+    marked = {"v": "val", "i": "val", "t": "test", "b": "train"}[name[0]]
+    rest = "test" if marked == "train" else "train"
+    assert (
+        interpret(f"path,label,{name}", rows, split_column=name).splits
+        == [marked, marked, rest] * 2
+    )
+    # Beside a column of splits, it is another fact about the image.
+    cells = interpret(f"path,label,split,{name}", lines(["cat", "dog"], THREE, ["1", "0", "0"]))
+    assert cells.splits == THREE * 2
+    assert f"data.split_column={quoted} reads it" in cells.notes[0]
+
+
+def test_flags_beside_columns_of_zeros_and_ones_are_no_classes() -> None:
+    columns = (["1", "0"], ["0", "1"], ["0", "0", "1"])
+    cells = interpret("path,cat,dog,valid", lines(*columns))
+    assert cells.labels == ["cat", "dog"] * 3
+    assert cells.splits == ["train", "train", "val"] * 2
+    cells = interpret("path,cat,dog,valid", lines(*columns[:2], ["1"]))
+    assert (cells.labels, cells.splits) == (["cat", "dog"] * 3, None)
 
 
 def test_a_class_may_be_called_train_in_columns_of_zeros_and_ones() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -225,3 +227,163 @@ def test_only_files_that_may_be_lists_are_candidates(root: Path) -> None:
     for number in range(30):
         (root / "train" / f"{number}.json").touch()
     assert [path.name for path in find_lists(root)] == ["a.csv", "b.TXT"]
+
+
+# Oxford-IIIT Pets and its relatives: a folder of images, and lists in a folder of annotations
+
+PETS = {"Abyssinian": "1 1 1", "great_pyrenees": "16 2 9"}  # class, species, breed
+
+
+def write_pets(root: Path, images: str = "images") -> None:
+    names = [f"{name}_{i}" for name in PETS for i in range(4)]
+    write_images(root / images, names)
+    write_images(root / "annotations" / "trimaps", names)  # masks have the names of the images
+    for split, numbers in (("trainval", (0, 1, 2)), ("test", (3,)), ("list", range(4))):
+        rows = [f"{name}_{i} {PETS[name]}" for name in PETS for i in numbers]
+        comments = ["#Image CLASS-ID SPECIES BREED ID", "#ID: 1:37 Class ids"]
+        rows = [*(comments if split == "list" else []), *rows]
+        (root / "annotations" / f"{split}.txt").write_text("\n".join(rows) + "\n")
+    (root / "annotations" / "README").write_text("Pets\n")
+
+
+def test_lists_in_a_folder_of_annotations_are_read(root: Path) -> None:
+    write_pets(root)
+    source = read(root)
+    assert source.classes == ("Abyssinian", "great_pyrenees")
+    assert counts(source) == {"train": 6, "test": 2}
+    assert source.parts["test"].ids[0] == "images/Abyssinian_3.png"
+    assert source.parts["test"].labels.tolist() == [0, 1]
+    assert source.notes[:2] == (
+        "read from annotations/test.txt, annotations/trainval.txt",
+        "not read, since they repeat other lists: annotations/list.txt",
+    )
+    notes = "; ".join(source.notes)
+    assert "column 1 is the path and column 2 is the label" in notes
+    assert "labels are those in the names of the files, whose classes have the numbers" in notes
+    # Each list alone: all images, with the same classes.
+    alone = find_source(str(root / "annotations" / "list.txt"))
+    assert (alone.classes, counts(alone)) == (source.classes, {"train": 8})
+
+
+def test_images_and_masks_without_a_list_are_not_classes(root: Path) -> None:
+    write_pets(root)
+    for path in (root / "annotations").glob("*.txt"):
+        path.unlink()
+    with pytest.raises(DataError, match="look like images and annotations, not like") as caught:
+        read(root)
+    assert caught.value.fix.startswith(
+        "data.without=[annotations] (2 classes: Abyssinian, great_pyrenees) or data.layout=classes"
+    )
+    source = find_source(str(root), choice=ClassChoice(without=("annotations",)))
+    assert (source.classes, counts(source)) == (("Abyssinian", "great_pyrenees"), {"train": 8})
+
+
+def test_a_list_of_annotations_that_cannot_be_read_is_named(root: Path) -> None:
+    write_images(root / "images", ["1", "2", "3", "4"])
+    (root / "annotations").mkdir()
+    (root / "annotations" / "a.csv").write_text("path,when\n1.png,1\n2.png,2\n3.png,3\n")
+    with pytest.raises(DataError, match=r"annotations/a.csv can't be read as a list") as caught:
+        read(root)
+    assert caught.value.fix.startswith("for annotations/a.csv: ")
+
+
+def test_the_lists_of_food_101_give_its_splits(root: Path) -> None:
+    """Class folders in a folder of images; each split as JSON by class and as text."""
+    for name in ("apple_pie", "waffles"):
+        write_images(root / "images" / name, [f"{name[0]}{i}" for i in range(3)])
+    for split, numbers in (("train", (0, 1)), ("test", (2,))):
+        paths = {n: [f"{n}/{n[0]}{i}" for i in numbers] for n in ("apple_pie", "waffles")}
+        (root / "meta").mkdir(exist_ok=True)
+        (root / "meta" / f"{split}.json").write_text(json.dumps(paths))
+        (root / "meta" / f"{split}.txt").write_text("\n".join(itertools.chain(*paths.values())))
+    (root / "meta" / "classes.txt").write_text("apple_pie\nwaffles\n")
+    source = read(root)
+    assert source.classes == ("apple_pie", "waffles")
+    assert counts(source) == {"train": 4, "test": 2}
+    assert source.parts["test"].ids[1] == "images/waffles/w2.png"
+
+
+def test_texts_of_single_images_are_no_lists(root: Path) -> None:
+    write_images(root / "images")
+    (root / "labels").mkdir()
+    for name in NAMES:
+        (root / "labels" / f"{name}.txt").write_text("0 0.5 0.5 0.2 0.2\n")  # YOLO
+    assert find_lists(root) == []
+
+
+def test_a_set_in_many_folders_with_a_text_beside_is_read_by_its_list(root: Path) -> None:
+    inner = root / "a" / "b" / "c" / "d" / "e" / "f"
+    write_images(inner / "img")
+    write_list(inner / "list.csv")
+    (root / "README.md").write_text("Pets\n")
+    assert find_lists(root) == [inner / "list.csv"]
+    assert counts(read(root)) == {"train": 4}
+
+
+def test_numbers_beside_names_of_classes_say_what_to_do(root: Path) -> None:
+    """ImageNet's training folders, and its list of numbers for the validation images."""
+    for name in ("n01", "n02"):
+        write_images(root / "train" / name, [f"{name}_0", f"{name}_1"])
+    names = [f"ILSVRC2012_val_0000000{i}" for i in range(1, 5)]
+    write_images(root / "val", names)
+    (root / "val.txt").write_text("".join(f"{n}.png {i % 2}\n" for i, n in enumerate(names)))
+    with pytest.raises(DataError, match="numbers; train has names: n01, n02") as caught:
+        read(root)
+    assert """'data.rename={"0": "n01"}'""" in caught.value.fix
+    options = ListOptions(rename={"0": "n01", "1": "n02"})
+    source = find_source(str(root), lists=options)
+    assert (source.classes, counts(source)) == (("n01", "n02"), {"train": 4, "val": 4})
+    assert source.parts["val"].labels.tolist() == [0, 1, 0, 1]
+    # The same in one list with a column for the split.
+    rows = [f"train/n0{k}/n0{k}_{i}.png,n0{k},train" for k in (1, 2) for i in (0, 1)]
+    rows += [f"val/{name}.png,{i % 2},val" for i, name in enumerate(names)]
+    path = root / "all.csv"
+    path.write_text("path,label,split\n" + "\n".join(rows))
+    with pytest.raises(DataError, match=r"0, 1 .numbers; train has names: n01, n02"):
+        find_source(str(path))
+
+
+def test_a_missing_label_of_a_split_is_named(root: Path) -> None:
+    for name in ("n01", "n02"):
+        write_images(root / "train" / name, [f"{name}_0"])
+    write_images(root / "val", ["a", "b"])
+    (root / "val.csv").write_text("path,label\na.png,n01\nb.png,nan\n")
+    with pytest.raises(DataError, match=r"lines without a label: line 3 \(nan\)"):
+        read(root)
+
+
+def test_a_list_of_annotations_with_other_classes_is_not_taken_for_the_classes(root: Path) -> None:
+    write_class_folders(root, {"cat": 2, "dog": 2})
+    rows = "cat/0.png,day\ncat/1.png,night\ndog/0.png,day\ndog/1.png,night\n"
+    (root / "annotations").mkdir()
+    (root / "annotations" / "light.csv").write_text(f"path,label\n{rows}")
+    source = read(root)
+    assert source.classes == ("cat", "dog")
+    assert "annotations/light.csv is not read: its classes (day, night) are not" in source.notes[1]
+    # Below a wrapper, the folders are not certainly classes.
+    (root / "images").mkdir()
+    for name in ("cat", "dog"):
+        (root / name).rename(root / "images" / name)
+    with pytest.raises(DataError, match=r"two readings: annotations/light.csv has the classes day"):
+        read(root)
+    options = LayoutOptions(layout="classes")
+    assert find_source(str(root), layout=options).classes == ("cat", "dog")
+
+
+def test_a_list_in_a_folder_of_any_name_is_found_if_there_is_no_other(root: Path) -> None:
+    write_images(root / "pics")
+    write_list(root / "docs" / "list.csv")
+    assert counts(read(root)) == {"train": 4}
+    # A list elsewhere has priority.
+    write_list(root / "labels.csv")
+    assert find_lists(root) == [root / "labels.csv"]
+
+
+def test_a_folder_with_a_list_of_test_images_only_says_so(root: Path) -> None:
+    write_images(root)
+    write_list(root / "val.csv")
+    with pytest.raises(DataError, match=r"no list of training images, only val\.csv") as caught:
+        read(root)
+    assert caught.value.fix.endswith(str(root / "val.csv"))
+    assert counts(find_source(str(root / "val.csv"))) == {"train": 4}
+    assert counts(find_source(str(root), tested=True)) == {"val": 4}

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from convlens.data.scan import Folder, Scanner, is_image, scan_entries
+from convlens.data.scan import (
+    MAX_WRAPPERS,
+    Folder,
+    Scanner,
+    enter_wrappers,
+    is_image,
+    scan_entries,
+)
 from convlens.errors import DataError
 from helpers.datasets import write_class_folders, write_image
 
@@ -63,3 +70,15 @@ def test_a_missing_folder_counts_as_empty_but_can_not_be_scanned(tmp_path: Path)
     assert (folder.subfolders, folder.has_images, folder.files()) == ([], False, [])
     with pytest.raises(DataError, match="can't read this folder"):
         scan_entries(tmp_path / "no")
+
+
+def test_folders_in_each_other_are_entered_up_to_a_limit(tmp_path: Path) -> None:
+    inner = tmp_path.joinpath(*map(str, range(20)))
+    inner.mkdir(parents=True)
+
+    def only_folder(outer: Folder) -> Folder | None:
+        return outer.subfolders[0] if outer.name != "3" else None
+
+    assert enter_wrappers(Folder(str(tmp_path)), only_folder).path == str(tmp_path / "0/1/2/3")
+    deepest = enter_wrappers(Folder(str(tmp_path)), lambda outer: outer.subfolders[0])
+    assert deepest.name == str(MAX_WRAPPERS - 1)

@@ -203,6 +203,48 @@ def test_unknown_names_and_missing_paths_are_reported(data_root: Path, tmp_path:
     assert "unpack" in caught_data.value.fix
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["https://host/x.zip", "http://host/set", "s3://bucket/set", "gs://b/{0..3}.tar", "hf://a/b"],
+)
+def test_an_address_says_that_a_set_must_be_here(name: str) -> None:
+    with pytest.raises(DataError, match="must be a folder or a list on this machine") as caught:
+        find_source(name)
+    assert "download it, unpack it" in caught.value.fix
+    assert canonical_name(name) == name
+
+
+def test_a_file_address_is_a_path(tmp_path: Path) -> None:
+    write_class_folders(tmp_path / "my pets", {"a": 1, "b": 1})
+    for address in (f"file://{tmp_path}/my%20pets", f"file://localhost{tmp_path}/my pets/"):
+        assert find_source(address).classes == ("a", "b")
+        assert canonical_name(address) == canonical_name(str(tmp_path / "my pets"))
+        assert is_same_data(address, str(tmp_path / "my pets"))
+        assert address in known_names(address)
+    with pytest.raises(DataError, match="no such file or folder") as caught:
+        find_source(f"file://{tmp_path}/pets")
+    assert caught.value.where == str(tmp_path / "pets")
+
+
+def test_paths_of_windows_are_named() -> None:
+    write_class_folders(Path("sets/pets"), {"a": 1, "b": 1})
+    for name, fix in (
+        ("C:\\my images\\pets", "under WSL, C:\\my images\\pets is /mnt/c/my images/pets"),
+        ("\\\\server\\share", "mount the network folder"),
+        ("sets\\pets", "did you mean sets/pets?"),
+        ("sets\\gone", "with / between folders"),
+    ):
+        with pytest.raises(DataError, match="a path of Windows") as caught:
+            find_source(name)
+        assert fix in caught.value.fix
+    with pytest.raises(DataError, match="no such file or folder") as caught:
+        find_source("~nobody-here/pets")
+    assert "~nobody-here is not a user of this machine" in caught.value.fix
+    refused(here("train", "C:\\pets"), 3, "a path of Windows")
+    refused(here("train", "https://host/pets.zip"), 3, "download it, unpack it")
+    refused(here("audit", "s3://bucket/pets"), 3, "must be a folder or a list on this machine")
+
+
 def test_options_that_do_not_apply_are_usage_errors(data_root: Path) -> None:
     write_class_folders(data_root / "pets", {"a": 1, "b": 1})
     with pytest.raises(UsageError, match=r"data\.count"):
@@ -259,7 +301,7 @@ def test_small_classes_are_left_out_with_a_note(data_root: Path) -> None:
     with pytest.raises(DataError, match="1 classes are left: a") as caught:
         find_source("pets", choice=ClassChoice(min_images=4))
     assert "data.min_images" in caught.value.fix
-    with pytest.raises(DataError, match="class folders without images: d") as caught:
+    with pytest.raises(DataError, match="class folders in train without images: d") as caught:
         find_source("pets")
     assert caught.value.fix == "add images to them, or leave them out: data.without=[d]"
 

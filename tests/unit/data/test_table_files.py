@@ -75,6 +75,18 @@ def test_a_list_has_a_path_with_blanks_and_a_label(tmp_path: Path) -> None:
     assert cells(table) == [["img/a.png", "0"], ["C:\\my pics\\b c.png", "1"]]
 
 
+def test_words_are_cells_if_all_but_the_first_are_numbers(tmp_path: Path) -> None:
+    text = "# Image CLASS SPECIES\nAbyssinian_1 1 1\n# dogs\nbeagle_7 2 1\n"
+    table = read(tmp_path / "list.txt", text)
+    assert table.lines == [(2, ["Abyssinian_1", "1", "1"]), (4, ["beagle_7", "2", "1"])]
+    header = read(tmp_path / "list.txt", "path label width\na.png 1 20.5\nb.png 2 30\n")
+    assert cells(header)[1:] == [["a.png", "1", "20.5"], ["b.png", "2", "30"]]
+    # Otherwise a path may have blanks.
+    for text in ("my cat 1.png 0\nmy dog 2.png 1\n", "IMG 1 0\nIMG 2 1\n", "a b 0\n"):
+        rows = [line.rsplit(" ", 1) for line in text.splitlines()]
+        assert cells(read(tmp_path / "list.txt", text)) == rows
+
+
 RECORDS = [{"file": "a.png", "label": 0}, {"file": "b.png", "label": 1, "extra": None}]
 COCO = {
     "images": [{"id": 7, "file_name": "a.png"}, {"id": 8, "file_name": "b.png"}],
@@ -85,6 +97,15 @@ COCO = {
     "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
 }
 
+LABEL_STUDIO = [
+    {
+        "id": 1,
+        "data": {"image": "/data/upload/1/x-a.png"},
+        "annotations": [{"result": [{"value": {"choices": ["cat"]}}]}],
+    },
+    {"id": 2, "data": {"image": "b.png"}, "annotations": []},
+]
+
 
 @pytest.mark.parametrize(
     ("content", "columns", "expected"),
@@ -94,8 +115,52 @@ COCO = {
         ({"a.png": "cat", "b.png": 1.0}, ["path", "label"], [["a.png", "cat"], ["b.png", "1"]]),
         ({"path": ["a.png"], "y": [True]}, ["path", "y"], [["a.png", "True"]]),
         (COCO, ["file_name", "label"], [["a.png", "cat"], ["b.png", '["cat", "dog"]']]),
+        (
+            {"cat": ["a.png", "b.png"], "dog": ["c.png"]},
+            ["path", "label"],
+            [["a.png", "cat"], ["b.png", "cat"], ["c.png", "dog"]],
+        ),
+        ({"p": ["p/1"], "q": ["q/1"]}, ["path", "label"], [["p/1", "p"], ["q/1", "q"]]),
+        (
+            {"a": ["x.png", "y.png"], "b": ["cat", "cat"]},
+            ["a", "b"],
+            [["x.png", "cat"], ["y.png", "cat"]],
+        ),
+        ({"a.png": ["cat"], "b.png": []}, ["path", "label"], [["a.png", "cat"], ["b.png", ""]]),
+        ({"a.png": {"class": "cat"}}, ["path", "class"], [["a.png", "cat"]]),
+        (
+            {"train": {"cat": ["a.png"], "dog": ["b.png"]}, "test": {"c.png": "cat"}},
+            ["path", "label", "split"],
+            [["a.png", "cat", "train"], ["b.png", "dog", "train"], ["c.png", "cat", "test"]],
+        ),
+        (
+            {"train": ["cat/1.png"], "val": ["dog/2.png"]},
+            ["path", "split"],
+            [["cat/1.png", "train"], ["dog/2.png", "val"]],
+        ),
+        (
+            [{"data": {"image": "a.png"}, "annotations": [{"result": [{"value": {"x": 1}}]}]}],
+            ["image", "choice"],
+            [["a.png", ""]],
+        ),
+        (LABEL_STUDIO, ["image", "choice"], [["/data/upload/1/x-a.png", "cat"], ["b.png", ""]]),
     ],
-    ids=["records", "records in a key", "label of each path", "columns", "COCO"],
+    ids=[
+        "records",
+        "records in a key",
+        "label of each path",
+        "columns",
+        "COCO",
+        "paths by class",
+        "equally many paths by class",
+        "columns without known names",
+        "labels of each path",
+        "record of each path",
+        "documents by split",
+        "paths by split",
+        "boxes of Label Studio",
+        "Label Studio",
+    ],
 )
 def test_json_becomes_a_table(
     tmp_path: Path, content: object, columns: list[str], expected: list[list[str]]

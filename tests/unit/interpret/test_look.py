@@ -259,5 +259,5 @@ def test_options_determine_which_views_are_drawn() -> None:
         assert not options.needs_images
     assert not LookOptions(attribution=["grad-cam"]).activations
     assert LookOptions(measure=["rank", "all"]).measures == ()
-    with pytest.raises(UsageError, match="--channels 0: must be at least 1"):
+    with pytest.raises(UsageError, match="channels=0: must be at least 1"):
         LookOptions(channels=0).check()

@@ -187,7 +187,7 @@ def test_very_few_images_are_measured(models: Path) -> None:
     [
         ({"names": ["prob"]}, UsageError, "unknown measurement 'prob'"),
         ({"layers": ["stage9"]}, UsageError, "no layer 'stage9'"),
-        ({"images": 0}, UsageError, "can't measure on 0 images"),
+        ({"images": 0}, UsageError, "images=0: must be at least 1"),
         ({"data": "nowhere"}, ConvlensError, "nowhere"),
     ],
 )

@@ -199,3 +199,31 @@ def test_trust_section_of_an_earlier_version_promises_nothing() -> None:
     assert html is not None
     assert "it can promise nothing about single images" in html
     assert "No temperature is applied" in html
+
+
+@pytest.mark.usefixtures("runs")
+def test_epochs_show_macro_f1_and_balanced_accuracy_where_they_were_recorded() -> None:
+    contents = gather_contents("small", audit=False, device="cpu", with_images=False)
+    last = contents.rows[-1]
+    html = str(sections.curves_section(contents))
+    assert '<th scope="col">validation macro F1</th>' in html
+    assert '<th scope="col">validation balanced accuracy</th>' in html
+    for key in ("val_macro_f1", "val_balanced_accuracy"):
+        assert f"<td>{last[key]:.2%}</td>" in html
+    for row in contents.rows:
+        row["val_macro_f1"] = math.nan
+        del row["val_balanced_accuracy"]
+    html = str(sections.curves_section(contents))
+    assert "macro F1" not in html
+    assert "balanced accuracy" not in html
+
+
+@pytest.mark.usefixtures("runs")
+def test_trust_states_how_many_images_are_unlike_the_training_images() -> None:
+    contents = gather_contents("small", audit=False, device="cpu", with_images=False)
+    contents.unlike = {"marked": 3, "share": 0.25, "interval95": [0.089, 0.532], "by": "features"}
+    contents.summary = {**(contents.summary or {}), "n": 12}
+    html = str(sections.trust_section(contents))
+    assert ("Of the test images, 25.0% are marked (3 of 12, 95% interval 8.9% to 53.2%).") in html
+    contents.unlike = None
+    assert "are marked (" not in str(sections.trust_section(contents))

@@ -12,12 +12,13 @@ import pytest
 import convlens
 from convlens import metrics, serialization
 from convlens.distributed import ProcessGroup
+from convlens.errors import UsageError
 from convlens.recipe import Recipe
 from convlens.run import RunDir, load_model
 from convlens.training import train
 from convlens.training.calibrate import calibrate_model, describe_calibration, num_candidates
 from convlens.uncertainty.calibration import ModelCalibration, reserved_half
-from helpers.commands import here, weights
+from helpers.commands import here, picture, weights
 from helpers.support import begin, images_of, same, tiny
 
 LARGER = ("data.per_class=24", "train.epochs=2")  # 240 training images
@@ -185,3 +186,30 @@ def test_what_is_stored_is_stated_with_its_size() -> None:
         "promises, features of 240 training images (4 kB)"
     )
     assert "no temperature" in describe_calibration(ModelCalibration())
+
+
+def test_promises_of_a_set_with_groups_count_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ten shots of each of 24 things: the images of a thing are alike."""
+    lines = ["path,label,thing"]
+    for thing in range(24):
+        name = "light" if thing % 2 else "dark"
+        for shot in range(10):
+            path = picture(Path(f"{thing}-{shot}.png"), (200 if thing % 2 else 60,), seed=thing)
+            lines.append(f"{path},{name},{thing}")
+    Path("list.csv").write_text("\n".join(lines))
+    options = {"data.image_size": 8, "model.widths": [2], "train.epochs": 1, "augment": []}
+    run = convlens.train(
+        "list.csv", {**options, "data.group": "thing", "data.val_fraction": 0.4}, test=False
+    )
+    reserved = load_model(run.run_dir.model_path).calibration.reserved
+    assert reserved is not None
+    things = {record.split("-")[0] for record in validation_ids(run)}
+    assert len(reserved) == (len(things) + 1) // 2
+    assert f"{len(reserved)} validation groups reserved for promises" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=f"reserved validation groups.* has {len(reserved)}"):
+        run.evaluate("val", min_accuracy="95%")
+
+
+def validation_ids(run: convlens.Run) -> list[str]:
+    rows = (run.path / "split.csv").read_text().splitlines()[1:]
+    return [row.split(",")[0] for row in rows if row.endswith(",val")]

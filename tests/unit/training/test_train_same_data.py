@@ -6,9 +6,12 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
+from convlens import evaluation
+from convlens.data import image_list
 from convlens.errors import DataError
 from convlens.run import RunDir, list_runs
 from convlens.training import resolve, train as training_train
@@ -32,6 +35,7 @@ def test_every_spelling_of_a_folder_finds_its_run(monkeypatch: pytest.MonkeyPatc
     first = train("plain")
     for name in ("plain/", "./plain", "sub/../plain", os.path.abspath("plain"), "link", "~/plain"):
         assert train(name).path == first.path, name
+    assert train("file://" + quote(os.path.abspath("plain"))).path == first.path
     # The current folder by another name.
     Path("../other-name").symlink_to(os.getcwd())
     monkeypatch.chdir("../other-name")
@@ -141,3 +145,28 @@ def test_a_moved_data_set_that_nobody_named_is_an_error() -> None:
     shutil.move("before", "after")
     with pytest.raises(DataError, match="no such file or folder"):
         train("./before")
+
+
+def test_a_run_of_an_earlier_version_keeps_the_order_of_its_classes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Classes that are numbers were sorted by name, and drawn splits depend on the order."""
+    pictures(Path("numbers"), {"2": 8, "10": 8, "9": 8})
+    paths = sorted(Path("numbers").glob("*/*"))
+    Path("list.csv").write_text("path,label\n" + "".join(f"{p},{p.parent.name}\n" for p in paths))
+    with monkeypatch.context() as patch:
+        patch.setattr(image_list, "sort_classes", lambda names: tuple(sorted(names)))
+        old = train("list.csv", name="old")
+    assert old.metadata()["data"]["classes"] == ["10", "2", "9"]
+    extended = train("list.csv", "train.epochs=2", name="long", extend=True)
+    assert extended.metadata()["data"]["classes"] == ["10", "2", "9"]
+    new = train("list.csv", "train.epochs=2", name="new")
+    assert new.metadata()["data"]["classes"] == ["2", "9", "10"]
+    assert evaluation.evaluate(old, "val", device="cpu", quiet=True).classes == ["10", "2", "9"]
+
+
+def test_a_run_on_a_file_address_is_called_like_its_folder() -> None:
+    pictures(Path("my plants"), dict.fromkeys(COLORS, 8))
+    address = "file://" + quote(os.path.abspath("my plants"))
+    recipe = resolve.resolve_recipe(address, overrides=SMALL).recipe
+    assert (recipe.name, recipe.data.name) == ("my plants", "my plants")

@@ -10,13 +10,16 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from convlens import metrics
+from convlens.errors import UsageError
 from convlens.uncertainty.calibration import (
     ModelCalibration,
     OutlierDetector,
     ReservedOutputs,
     ValidationOutputs,
     fit_calibration,
+    parse_share,
     reserved_half,
+    validation_halves,
 )
 from convlens.uncertainty.temperature import fit_temperature
 
@@ -137,3 +140,48 @@ def test_metadata_round_trips_through_json() -> None:
 def test_impossible_metadata_is_refused(temperature: object) -> None:
     with pytest.raises(ValueError, match=r"temperature|could not convert"):
         ModelCalibration.from_metadata({"temperature": temperature})
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12)), max_size=60), st.integers(0, 9))
+def test_groups_are_in_one_half_and_the_reserved_half_has_one_image_of_each(
+    images: list[tuple[int, int]], seed: int
+) -> None:
+    labels = np.array([label for label, _ in images], np.int64)
+    groups = np.array([f"g{group}" for _, group in images])
+    fitting, reserved = validation_halves(labels, groups.tolist(), seed)
+    assert not set(groups[fitting]) & set(groups[reserved])
+    assert set(groups[fitting]) | set(groups[reserved]) == set(groups)
+    assert len(set(groups[reserved])) == int(reserved.sum())
+    assert abs(len(set(groups[fitting])) - len(set(groups[reserved]))) <= 1
+    again = validation_halves(labels, groups.tolist(), seed)
+    assert [half.tolist() for half in again] == [fitting.tolist(), reserved.tolist()]
+
+
+def test_promises_count_groups() -> None:
+    """400 images of 40 groups give the evidence of 20 reserved groups, not of 200 images."""
+    groups = [f"g{number % 40}" for number in range(400)]
+    fitted = fit_calibration(outputs(), seed=0, candidates=1, classes=3, groups=groups)
+    assert fitted.reserved is not None
+    assert (len(fitted.reserved), fitted.num_fitting) == (20, 200)
+    with pytest.raises(UsageError, match=r"at least 59 reserved validation groups; .* has 20"):
+        fitted.answer_threshold(0.95, 0.95)
+    with pytest.raises(UsageError, match="at least 99 reserved validation groups"):
+        fitted.set_threshold(0.99)
+    stored = json.loads(json.dumps(fitted.to_metadata()))
+    again = ModelCalibration.from_metadata(stored)
+    assert again.reserved is not None
+    assert again.reserved.grouped
+    alone = fit_calibration(outputs(), seed=0, candidates=1, classes=3)
+    assert "grouped" not in alone.to_metadata()["reserved"]
+
+
+@pytest.mark.parametrize("share", ["95%", "0.95", " 95 % ", 0.95, np.float64(0.95)])
+def test_shares_are_numbers_or_text(share: object) -> None:
+    assert parse_share("min_accuracy", share) == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize("share", ["", "%", "95", "nan", 95, 0, 1, True, None, b"95%", [0.9], {}])
+def test_other_values_are_not_shares(share: object) -> None:
+    with pytest.raises(UsageError, match="min_accuracy"):
+        parse_share("min_accuracy", share)

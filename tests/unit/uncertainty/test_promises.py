@@ -69,5 +69,5 @@ def test_promises_that_need_more_images_say_how_many() -> None:
 @pytest.mark.parametrize("share", [0.0, 1.0, 95.0, math.nan])
 def test_shares_outside_0_to_1_are_refused(share: float) -> None:
     for arguments in ((share, 0.95, None), (0.9, share, None), (None, 0.95, share)):
-        with pytest.raises(UsageError, match="between 0 and 1"):
+        with pytest.raises(UsageError, match="not between 0% and 100%"):
             Promises.of(calibration(), *arguments)
