@@ -46,6 +46,7 @@ from convlens.data.decode import decode
 from convlens.device import MEMORY_FORMATS, Plan
 from convlens.engine import inference
 from convlens.run import LoadedModel, Preprocessing, RunDir
+from convlens.training.transfer import choose_start
 from convlens.utils import process
 
 MIN_PAIRED_S = 40.0  # minimum seconds of measuring a ratio

@@ -59,7 +59,7 @@ class _DepthwiseMode(TorchFunctionMode):
         if func is torch.conv2d and torch.is_grad_enabled():
             call = _as_depthwise(*args, **kwargs)
             if call is not None:
-                return _DepthwiseConv.apply(*call)  # type: ignore[no-untyped-call]
+                return _DepthwiseConv.apply(*call)
         return func(*args, **kwargs)
 
 

@@ -58,7 +58,9 @@ def _adam(groups: list[ParameterGroup], config: OptimConfig) -> torch.optim.Opti
 
 def _adamw(groups: list[ParameterGroup], config: OptimConfig) -> torch.optim.Optimizer:
     if _is_on_cpu(groups):
-        return LeanAdam(groups, lr=float(config.lr), betas=config.betas, decoupled_weight_decay=True)
+        return LeanAdam(
+            groups, lr=float(config.lr), betas=config.betas, decoupled_weight_decay=True
+        )
     return optimizers.AdamW(groups, lr=float(config.lr), betas=config.betas, fused=True)
 
 

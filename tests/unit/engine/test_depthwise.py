@@ -56,7 +56,7 @@ def test_the_gradients_are_those_of_torch(
 
 
 def test_gradients_in_bfloat16_are_as_precise_as_those_of_torch() -> None:
-    """Against float64, the error is at most that of torch's own bfloat16 gradients, and a little."""
+    """Against float64, the error is hardly larger than that of torch's bfloat16 gradients."""
     torch.manual_seed(0)
     model, images = network(5, 2, bias=True), torch.randn(4, 3, 12, 12)
     _, exact = gradients(model.double(), images.double(), contextlib.nullcontext())
@@ -96,7 +96,9 @@ def test_other_networks_and_plans_are_left_to_torch() -> None:
         assert isinstance(depthwise_gradients(model, plan), nothing)
 
 
-@pytest.mark.parametrize(("size", "starts"), [(5, [0, 2]), (7, [0, 3, 4]), (9, [0, 3, 6]), (4, [0, 1])])
+@pytest.mark.parametrize(
+    ("size", "starts"), [(5, [0, 2]), (7, [0, 3, 4]), (9, [0, 3, 6]), (4, [0, 1])]
+)
 def test_parts_cover_the_kernel(size: int, starts: list[int]) -> None:
     assert _part_starts(size) == starts
     assert {start + tap for start in starts for tap in range(3)} == set(range(size))
