@@ -36,6 +36,7 @@ from sklearn.model_selection import train_test_split
 
 from convlens import ImageClassifier
 from convlens.data.decode import decode, fit_arrays, read_bytes
+from convlens.data.input_images import collect_inputs
 from convlens.data.sources import find_source
 from convlens.data.types import FilePaths, Part
 from convlens.errors import ConvlensError
@@ -139,8 +140,9 @@ def scores_of(loaded: LoadedModel, images: Images) -> dict[str, np.ndarray]:
             loaded.calibration, detector=OutlierDetector(detector.energy_threshold)
         ),
     )
-    predictions = list(iter_predictions(loaded, images, quiet=True))
-    energies = iter_predictions(by_energy, images, quiet=True)
+    inputs = collect_inputs(images, channels="first")
+    predictions = list(iter_predictions(loaded, inputs, quiet=True))
+    energies = iter_predictions(by_energy, inputs, quiet=True)
     return {
         "neighbors": np.array([each.unlike_score for each in predictions]),
         "energy": np.array([each.unlike_score for each in energies]),

@@ -40,6 +40,7 @@ def runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # Output
 
 
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_attribution_of_a_requested_class() -> None:
     maps = ("--attribution", "grad-cam,occlusion", "--class", "7")
     done = here("look", "one", "two", "val:0", *maps, "--json")
@@ -58,6 +59,7 @@ def test_attribution_of_a_requested_class() -> None:
         )
 
 
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_measurements_embeddings_and_neighbors_in_one_command() -> None:
     options = [
         "--measure",
@@ -83,6 +85,7 @@ def test_measurements_embeddings_and_neighbors_in_one_command() -> None:
     assert all(file.is_file() for file in files)
 
 
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_text_output_has_a_section_for_each_view() -> None:
     done = here("look", "one", "val:1", "--attribution", "grad-cam", "--nearest", "1")
     assert done.code == 0, done.err
@@ -137,6 +140,7 @@ def test_help_names_the_arguments() -> None:
 # The sealed test split
 
 
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_test_split_is_used_only_on_request_and_each_use_is_logged() -> None:
     log = RunDir(Path("models/one")).evaluation_log
     for arguments in (

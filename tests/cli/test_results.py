@@ -16,6 +16,7 @@ from helpers.commands import DIGITS, NET, here, pictures
 
 
 @pytest.mark.figures
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_results_go_to_stdout_and_status_messages_to_stderr() -> None:
     done = here("train", *DIGITS, "--name", "mine")
     assert "test accuracy" in done.out
@@ -37,6 +38,7 @@ def test_number_of_uses_of_the_test_set_is_printed() -> None:
 
 
 @pytest.mark.figures
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_no_line_is_printed_twice() -> None:
     """On a terminal, stdout and stderr are mixed."""
     common = [*DIGITS[:-1], "train.epochs=1"]

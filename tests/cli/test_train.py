@@ -81,6 +81,7 @@ def test_name_option_sets_the_name_of_the_run() -> None:
 
 
 @pytest.mark.figures
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_no_test_option_leaves_the_test_split_unused() -> None:
     done = here("train", *DIGITS, "--no-test", "--name", "sealed")
     assert done.code == 0

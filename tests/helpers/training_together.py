@@ -1,8 +1,7 @@
-"""Small trainings by one process or, under torchrun, by several that share each batch."""
+"""Small trainings by one process or by several that share each batch."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -131,7 +130,3 @@ def main(path: str) -> None:
     torch.set_num_threads(1)
     group = distributed.init_process_group()
     torch.save(results(group), f"{path}-{group.rank}")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

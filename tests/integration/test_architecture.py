@@ -319,9 +319,10 @@ def test_what_needs_no_torch_does_not_import_it(command: list[str]) -> None:
 # Words
 
 
-def identifiers(path: Path) -> set[str]:
+@cache
+def identifiers(path: Path) -> frozenset[str]:
     """Return the names of variables, attributes, parameters, functions, classes and imports."""
-    found = set()
+    found = set[str]()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Name):
             found.add(node.id)
@@ -333,7 +334,7 @@ def identifiers(path: Path) -> set[str]:
             found.add(node.name)
         elif isinstance(node, ast.alias):
             found |= set((node.asname or node.name).split("."))
-    return found
+    return frozenset(found)
 
 
 def python_files() -> list[Path]:

@@ -349,11 +349,11 @@ def test_a_recipe_trains_and_tests_on_a_few_images(name: str) -> None:
         "mnist-fast": [*digits, "data.image_size=28"],
         # The stem that `auto` means at 224 px.
         "imagenet": [*digits, "data.image_size=32", "model.stem=imagenet"],
-        # Large networks for 32 px, at half the size.
+        # Large networks for 32 px, at half or a quarter of the size.
         "resnet18-best": [*digits, "data.image_size=16"],
         "tiny-best": [*digits, "data.image_size=16"],
-        "pretrain": [*digits, "data.image_size=16"],
-        "pretrained-best": [*digits, "data.image_size=16"],
+        "pretrain": [*digits, "data.image_size=8"],
+        "pretrained-best": [*digits, "data.image_size=8"],
     }.get(name, digits)
     if "data.name=digits" in few:  # testing takes most of the time
         few = [*few, "data.test_fraction=0.03"]

@@ -17,7 +17,7 @@ from helpers.commands import Done, environment, picture, refused
 from helpers.paths import REPOSITORY
 from helpers.support import TINY
 
-pytestmark = pytest.mark.figures
+pytestmark = [pytest.mark.figures, pytest.mark.usefixtures("figures_of_one_pixel")]
 
 SCRIPTS = REPOSITORY / "experiments"
 SMALL = (
@@ -33,15 +33,21 @@ SMALL = (
 )
 
 
-def run_in_subprocess(script: str, *arguments: str | Path) -> str:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Run `resnet_tiny.py` in a new process; return its folder and its output."""
+    folder = tmp_path_factory.mktemp("trained")
+    variables = environment(CONVLENS_CACHE=str(folder / "cache"))
+    variables.pop("CONVLENS_FIGURES", None)
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *map(str, arguments)],
+        [sys.executable, str(SCRIPTS / "resnet_tiny.py"), *SMALL],
+        cwd=folder,
         capture_output=True,
         text=True,
-        env=environment(),
+        env=variables,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+    return folder, done.stdout + done.stderr
 
 
 def run(script: str, *arguments: str | Path) -> str:
@@ -89,7 +95,10 @@ def test_failed_download_of_weights_leaves_no_run(monkeypatch: pytest.MonkeyPatc
     assert not Path("models").exists()
 
 
-def test_unreadable_image_has_the_exit_code_of_predict(tmp_path: Path) -> None:
+def test_unreadable_image_has_the_exit_code_of_predict(
+    trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    shutil.copytree(trained[0] / "models", "models")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     good = picture(tmp_path / "good.png", (200,))
     done = failed("resnet_tiny.py", *SMALL, tmp_path / "broken.png", good)
@@ -103,9 +112,12 @@ def test_the_demo_reports_errors_as_well(monkeypatch: pytest.MonkeyPatch) -> Non
     assert end.value.code == 5
 
 
-def test_a_script_trains_once_and_then_only_does_inference(tmp_path: Path) -> None:
-    first = run_in_subprocess("resnet_tiny.py", *SMALL)
-    assert "the report: 45 to 50%" in first
+def test_a_script_trains_once_and_then_only_does_inference(
+    trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    assert "the report: 45 to 50%" in trained[1]
+    shutil.copytree(trained[0] / "models", "models")
+    shutil.copytree(trained[0] / "plots", "plots")
     (folder,) = Path("models").iterdir()
     assert folder.name.startswith("resnet18-tiny-")
     assert (Path("plots") / folder.name / "curves.png").exists()

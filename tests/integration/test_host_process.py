@@ -22,11 +22,15 @@ PROGRAM = r'''
 import faulthandler, gc, hashlib, json, locale, logging, os, pickle, random, signal, socket, sys
 import threading, warnings
 
+# libgomp reads it when it is loaded: idle threads would spin on a busy machine.
+os.environ["GOMP_SPINCOUNT"] = "1000"
+
 # Packages that change global state when they are imported.
 import captum.attr, matplotlib.figure, numpy, PIL.Image, PIL.ImageFile, rich.console, ruamel.yaml
 import sklearn
 import torch, torchvision
 import matplotlib
+del os.environ["GOMP_SPINCOUNT"]  # convlens would set it, if it changed the environment
 
 def digest(value):
     return hashlib.sha256(pickle.dumps(value)).hexdigest()

@@ -16,6 +16,7 @@ import pytest
 
 from convlens import Run
 from convlens.run import RunDir
+from convlens.training import checkpoint
 from helpers.commands import (
     DIGITS,
     NET,
@@ -321,6 +322,7 @@ def test_an_output_folder_that_cannot_be_written_is_an_error() -> None:
 
 
 @pytest.mark.figures
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_a_plot_folder_that_cannot_be_written_loses_no_training() -> None:
     Path("plots").write_text("a file where a folder belongs")
     refused(here("train", *DIGITS), 5, "can't write", "plots")
@@ -353,6 +355,7 @@ def test_a_training_stopped_by_a_quota_resumes(monkeypatch: pytest.MonkeyPatch) 
     arguments = ["train", "digits", "data.per_class=8", "model.widths=[32,32]", "train.epochs=2"]
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "RETRY_PAUSES_S", (0, 0))
         patch.setattr(sys, "dont_write_bytecode", True)  # bytecode files would be cut off, too
         resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))
         try:

@@ -506,6 +506,7 @@ def test_too_many_runs_at_once_are_refused() -> None:
 
 
 @pytest.mark.figures
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_run_names_that_are_not_valid_folder_names_are_made_safe() -> None:
     arguments = ("digits", "data.per_class=4", "model.widths=[2]", "train.epochs=1", "--no-test")
     for name in (

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from convlens import cli
 from convlens.data import download
 from convlens.data.decode import UnreadableImage, decode, probe_image
 from convlens.data.sources import find_source
@@ -108,7 +109,7 @@ def run_measured(*arguments: str | Path) -> tuple[int, str, str, int]:
     return done.returncode, done.stdout, err, int(peak_kib)
 
 
-def test_a_folder_of_hostile_files(tmp_path: Path) -> None:
+def test_a_folder_of_hostile_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`audit` and `predict` report them; training refuses them, or skips them on request."""
     valid = pictures(Path("valid"), {"red": 9, "green": 9})
     _, _, _, usual_kib = run_measured("audit", valid, "--json")
@@ -137,12 +138,18 @@ def test_a_folder_of_hostile_files(tmp_path: Path) -> None:
     done = here("train", root, *NET, *skip, "--json")
     assert done.code == 0, done.err
     run = done.json["run"]
-    for form in ("json", "table"):
-        # In a process of its own, whose terminal is a strict UTF-8 one.
-        done = command("predict", run, root, "--format", form, PYTHONIOENCODING="utf-8:strict")
-        assert done.code == 3  # some could not be read, all others are classified
-        assert "Traceback" not in done.err
-        assert "\\udcff" in done.out
+    # A process of its own, whose terminal is a strict UTF-8 one, and such a stream in this process.
+    done = command("predict", run, root, "--json", PYTHONIOENCODING="utf-8:strict")
+    assert done.code == 3  # some could not be read, all others are classified
+    assert "Traceback" not in done.err
+    assert "\\udcff" in done.out
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        with pytest.raises(SystemExit, match="3"):
+            cli.main(["predict", run, str(root)])
+    terminal.flush()
+    assert b"\\udcff" in terminal.buffer.getvalue()  # type: ignore[attr-defined]
     assert "hacked" not in {path.name for path in Path().rglob("*")}
     assert file_sizes(*watched) == before
 

@@ -25,6 +25,7 @@ def test_a_killed_training_ends_with_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["selftest.py", "--kills", "1", "--json"])
+    monkeypatch.setitem(selftest.RECIPE["train"], "epochs", 10)
     assert selftest.main() == 0
     out, err = capsys.readouterr()
     score = json.loads(out)

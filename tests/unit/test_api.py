@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import convlens
 from convlens import Run, recipe
 from convlens.data.decode import fit_arrays
 from convlens.errors import ConvlensError, ModelFileError, UsageError
-from helpers.commands import COLORS, DIGITS, environment, picture, pictures
+from helpers.commands import COLORS, DIGITS, picture, pictures
 from helpers.support import TINY
 
 CHANGES = {"data.per_class": 8, "model.widths": [4, 8], "model.depth": 1, "train.epochs": 2}
@@ -37,14 +35,6 @@ def test_dir_lists_exactly_the_public_names() -> None:
         assert getattr(convlens, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = convlens.trian
-
-
-def test_import_convlens_does_not_import_torch() -> None:
-    code = "import sys, convlens; dir(convlens); print('torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True
-    )
-    assert done.stdout == "False\n"
 
 
 def test_quiet_training_prints_nothing_and_returns_the_run(

@@ -350,6 +350,7 @@ def test_the_test_split_is_the_held_out_images(small: Path) -> None:
 
 
 @pytest.mark.figures
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_a_bare_model_file_can_be_evaluated(small: Path) -> None:
     alone = Path("elsewhere/best.safetensors")
     alone.parent.mkdir()

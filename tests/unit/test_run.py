@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from convlens import models, recipe, run
 from convlens.data.decode import Conversion
 from convlens.errors import ModelFileError, ResourceError, UsageError
 from convlens.run import Preprocessing, RunDir
-from helpers.commands import environment
+from helpers.launching import Forked, wait_until
 from helpers.support import same, tiny
 
 ONE, TWO = "1" * 64, "2" * 64
@@ -376,34 +374,23 @@ def test_results_are_plain_json() -> None:
 def test_concurrent_evaluations_are_all_counted() -> None:
     """Each process rewrites the log, so that without a lock entries would be lost."""
     code = """
-import sys
+import sys, time
 from pathlib import Path
 from convlens.run import RunDir
 print("ready", flush=True)
-sys.stdin.readline()
+while not Path("go").exists():
+    time.sleep(0.001)
 run_dir = RunDir(Path("models/busy"))
 for _ in range(15):
     run_dir.add_result({"split": "test", "data_fingerprint": "f", "by": sys.argv[1]})
 """
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(n)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment(),
-            text=True,
-        )
-        for n in range(3)
-    ]
-    for writer in writers:  # all have finished their imports
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "ready\n"
+    writers = [Forked(code, str(n)) for n in range(3)]
     for writer in writers:
-        assert writer.stdin is not None
-        writer.stdin.write("go\n")
-        writer.stdin.close()
+        wait_until(lambda writer=writer: "ready" in writer.log.read_text(), writer)
+    Path("go").touch()
     for writer in writers:
-        assert writer.wait(120) == 0
+        printed, _ = writer.communicate()
+        assert writer.returncode == 0, printed
     log = RunDir(Path("models/busy")).evaluation_log()
     assert [entry["looks"] for entry in log] == list(range(1, 46))
     assert {entry["by"] for entry in log} == {"0", "1", "2"}

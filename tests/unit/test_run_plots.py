@@ -30,6 +30,7 @@ def read_sizes(folder: Path) -> dict[str, tuple[int, int]]:
     return sizes
 
 
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_figures_none_draws_only_requested_figures() -> None:
     done = here("--figures", "none", "train", *DIGITS, "--name", "bare")
     assert done.code == 0, done.err
@@ -42,6 +43,7 @@ def test_figures_none_draws_only_requested_figures() -> None:
     assert list(Path("plots").rglob("*.png"))
 
 
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_figures_option_works_before_and_after_the_command() -> None:
     assert here("train", *DIGITS, "--name", "bare", "--figures", "none").code == 0
     before = dict(os.environ)

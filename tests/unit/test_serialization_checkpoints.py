@@ -382,6 +382,7 @@ def test_a_full_disk_loses_only_unsaved_steps(
         done.append((arguments[1].state.epoch, arguments[1].state.step))
 
     with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "RETRY_PAUSES_S", (0, 0))
         patch.setenv("CONVLENS_SAVE_SECONDS", "0")
         patch.setattr(checkpoint, "save_checkpoint", save)
         with pytest.raises(ResourceError, match="No space left on device") as caught:

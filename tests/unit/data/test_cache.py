@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from convlens.data.cache import (
 from convlens.data.decode import Conversion, UnreadableImage
 from convlens.data.types import FilePaths
 from convlens.errors import DataError, ResourceError
+from helpers.launching import FORK_SERVER
 from helpers.support import BAD_DISK
 
 GREY8 = Conversion(8, 1, "crop")
@@ -347,7 +347,8 @@ def test_disk_errors_while_reading_name_the_file(
     assert caught.value.where == paths[1]
 
 
-def _start(paths: FilePaths, gate: object, results: object) -> None:
+def _start(store: Path, paths: FilePaths, gate: object, results: object) -> None:
+    os.environ["CONVLENS_CACHE"] = str(store)
     seen = []
     real = types.read_bytes
 
@@ -362,11 +363,11 @@ def _start(paths: FilePaths, gate: object, results: object) -> None:
     results.put((len(seen), found.rows.gather(index(59)).sum().item()))  # type: ignore[attr-defined]
 
 
-def test_two_processes_decode_once(tmp_path: Path) -> None:
+def test_two_processes_decode_once(tmp_path: Path, store: Path) -> None:
     paths = files(tmp_path / "a", 60)
-    context = multiprocessing.get_context("spawn")
-    gate, results = context.Barrier(2), context.Queue()
-    both = [context.Process(target=_start, args=(paths, gate, results)) for _ in range(2)]
+    gate, results = FORK_SERVER.Barrier(2), FORK_SERVER.Queue()
+    arguments = (store, paths, gate, results)
+    both = [FORK_SERVER.Process(target=_start, args=arguments) for _ in range(2)]
     for process in both:
         process.start()
     got = [results.get(timeout=120) for _ in both]
@@ -414,7 +415,7 @@ def test_store_cut_short_while_in_use_is_an_error(tmp_path: Path, store: Path) -
 
 
 def test_reading_a_store_does_not_load_it_into_memory(tmp_path: Path) -> None:
-    size, count = 64 * 64 * 3, 16_000  # 197 MB
+    size, count = 64 * 64 * 3, 6_400  # 79 MB
     path = tmp_path / "big"
     with path.open("wb") as file:
         file.truncate(size * count)

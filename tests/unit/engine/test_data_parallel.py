@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.distributed import TCPStore
 
 from convlens.distributed import SINGLE_PROCESS, ProcessGroup
 from convlens.engine.data_parallel import DataParallel, _has_unused_parameters
-from helpers.launching import torchrun
-from helpers.paths import HELPERS
+from helpers.launching import Forked, rank_variables
 from helpers.support import same
 from helpers.training_together import Result, WithUnused, network, results, whole_batches
 
-SCRIPT = HELPERS / "training_together.py"
+TRAIN = "from helpers.training_together import main; main('found')"
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,11 @@ def single_process() -> dict[str, Result]:
 @pytest.mark.parametrize("size", [2, 4])
 def test_several_processes_train_like_one(size: int, single_process: dict[str, Result]) -> None:
     """Batches do not divide evenly; two of four processes have no rows of the small ones."""
-    done = torchrun(size, SCRIPT, "found")
-    assert done.code == 0, done.err
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [Forked(TRAIN, **rank_variables(rank, size, store.port)) for rank in range(size)]
+    for process in processes:
+        printed, _ = process.communicate()
+        assert process.returncode == 0, printed
     by_rank = [torch.load(f"found-{rank}", weights_only=True) for rank in range(size)]
     for results_of_rank in by_rank[1:]:  # all processes have the same bits
         for name, result in by_rank[0].items():

@@ -53,7 +53,7 @@ def pixels(path: str | Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-@pytest.mark.usefixtures("runs")
+@pytest.mark.usefixtures("runs", "figures_of_one_pixel")
 def test_examples_are_shown_if_no_images_are_given() -> None:
     done = here("look", "small")
     assert done.code == 0, done.err
@@ -70,6 +70,7 @@ def test_examples_are_shown_if_no_images_are_given() -> None:
     assert [(each["layer"], each["channels"]) for each in stages] == [("stage1", 4), ("stage2", 8)]
 
 
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_training_images_are_the_examples_of_a_run_without_validation_images() -> None:
     recipe = {**TINY, "data": {**TINY["data"], "val_fraction": 0}}
     recipe["train"] = {**TINY["train"], "keep": "last"}
@@ -110,7 +111,7 @@ def test_arrays_equal_those_of_a_network_without_in_place_operations() -> None:
     assert stored["bn1"].min() < 0
 
 
-@pytest.mark.usefixtures("runs")
+@pytest.mark.usefixtures("runs", "figures_of_one_pixel")
 def test_several_networks_side_by_side_with_files_of_any_size_and_mode() -> None:
     picture(Path("a/one.png"), (200,), size=31)
     picture(Path("b/one.png"), (200, 10, 10), size=7)
@@ -148,7 +149,7 @@ def test_networks_with_different_classes_predict_their_own() -> None:
     assert image["truth"] in "0123456789"
 
 
-@pytest.mark.usefixtures("runs")
+@pytest.mark.usefixtures("runs", "figures_of_one_pixel")
 def test_filters_top_images_and_optimized_inputs_need_no_images() -> None:
     options = ["--filters", "first,stage2", "--top-images", "stage2", "--dream", "stage1:2"]
     result = here("look", "small", *options, "--split", "train", "--channels", "3", "--json").json

@@ -6,6 +6,7 @@ import io
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -36,47 +37,61 @@ def make_attribution_panel() -> AttributionPanel:
     return AttributionPanel("model", make_images(1), columns, [("cat", 0.9)])
 
 
-def make_every_plot() -> dict[str, Figure]:
-    """One figure for every entry of `PLOTS`."""
+def every_plot() -> dict[str, Callable[[], Figure]]:
+    """Return a function for every entry of `PLOTS` that draws it."""
     share = np.array([0.9, 0.5])
     figures = {
-        "curves": plots.curves(make_history(3), 2, "run"),
-        "seed_curves": plots.seed_curves([make_history(3), make_history(2)], "run"),
-        "variant_curves": plots.variant_curves(
+        "curves": lambda: plots.curves(make_history(3), 2, "run"),
+        "seed_curves": lambda: plots.seed_curves([make_history(3), make_history(2)], "run"),
+        "variant_curves": lambda: plots.variant_curves(
             {"a": [make_history(3)], "b": [make_history(2)] * 2}, "run"
         ),
-        "differences": plots.differences({"b": (-0.01, (-0.02, 0.0), True)}, "a"),
-        "learning_rate": plots.learning_rate([1, 2], [0.1, 0.01]),
-        "confusion": plots.confusion([[3, 1], [0, 2]], ["cat", "dog"], "test"),
-        "reliability": plots.reliability([math.nan, 0.8], [math.nan, 0.7], [0, 10], 0.1),
-        "risk_coverage": plots.risk_coverage([0.5, 1], [0, 0.2], "run"),
-        "accuracy_bars": plots.accuracy_bars(["a", "b"], share, [(0.8, 0.95), (0.4, 0.6)]),
-        "contact_sheet": plots.contact_sheet(make_images(3), ["a", "b", "c"], "sheet"),
-        "augmented_batch": plots.augmented_batch(make_images(3), make_images(3, seed=1)),
-        "label_review": plots.label_review(make_images(2), ["cat", "a"], ["dog", "b"], [0.9, 0.6]),
-        "worst_mistakes": plots.worst_mistakes(make_images(1), ["cat"], ["dog"], [0.9]),
-        "activations": plots.activations(make_images(1)[0], [make_panel()], "run", "cat", "max: 1"),
-        "activations_side_by_side": plots.activations_side_by_side(
+        "differences": lambda: plots.differences({"b": (-0.01, (-0.02, 0.0), True)}, "a"),
+        "learning_rate": lambda: plots.learning_rate([1, 2], [0.1, 0.01]),
+        "confusion": lambda: plots.confusion([[3, 1], [0, 2]], ["cat", "dog"], "test"),
+        "reliability": lambda: plots.reliability([math.nan, 0.8], [math.nan, 0.7], [0, 10], 0.1),
+        "risk_coverage": lambda: plots.risk_coverage([0.5, 1], [0, 0.2], "run"),
+        "accuracy_bars": lambda: plots.accuracy_bars(["a", "b"], share, [(0.8, 0.95), (0.4, 0.6)]),
+        "contact_sheet": lambda: plots.contact_sheet(make_images(3), ["a", "b", "c"], "sheet"),
+        "augmented_batch": lambda: plots.augmented_batch(make_images(3), make_images(3, seed=1)),
+        "label_review": lambda: plots.label_review(
+            make_images(2), ["cat", "a"], ["dog", "b"], [0.9, 0.6]
+        ),
+        "worst_mistakes": lambda: plots.worst_mistakes(make_images(1), ["cat"], ["dog"], [0.9]),
+        "activations": lambda: plots.activations(
+            make_images(1)[0], [make_panel()], "run", "cat", "max: 1"
+        ),
+        "activations_side_by_side": lambda: plots.activations_side_by_side(
             make_images(1)[0],
             [plots.Column("a", "cat", [make_panel()]), plots.Column("b", "dog", [])],
         ),
-        "colour_filters": plots.color_filters(make_maps(5, 3), list("abcde"), 1.0, "conv1", "note"),
-        "kernels": plots.kernels(make_maps(5, 8), list("abcde"), 1.0, "conv2", "note"),
-        "top_images": plots.top_images(
+        "colour_filters": lambda: plots.color_filters(
+            make_maps(5, 3), list("abcde"), 1.0, "conv1", "note"
+        ),
+        "kernels": lambda: plots.kernels(make_maps(5, 8), list("abcde"), 1.0, "conv2", "note"),
+        "top_images": lambda: plots.top_images(
             [make_images(3)], [[None] * 3], [("#1", "3/3 cat")], "layer"
         ),
-        "made_inputs": plots.made_inputs(make_images(2), [("#1", "peak 3")] * 2, "layer", "note"),
-        "neighbours": plots.neighbors_sheet(
+        "made_inputs": lambda: plots.made_inputs(
+            make_images(2), [("#1", "peak 3")] * 2, "layer", "note"
+        ),
+        "neighbours": lambda: plots.neighbors_sheet(
             make_images(4), [["a"], ["b", "c"], ["d"], []], 2, "near"
         ),
-        "stage_measures": plots.stage_measures(
+        "stage_measures": lambda: plots.stage_measures(
             [plots.StageLine("run", ["a", "b"], {"rank": [(3, 2, 4), (5, 4, 6)]})],
             {"rank": ("effective rank", "log")},
         ),
-        "similarity": plots.similarity([[1, None], [None, 1]], [("x", "a"), ("y", "a")], "CKA"),
-        "embedding": plots.embedding([[0, 1], [1, 0]], [0, 1], [0, 0], ["cat", "dog"], "map"),
-        "attribution_grid": plots.attribution_grid([("a", "cat")], [make_attribution_panel()]),
-        "attribution_sanity": plots.attribution_sanity(
+        "similarity": lambda: plots.similarity(
+            [[1, None], [None, 1]], [("x", "a"), ("y", "a")], "CKA"
+        ),
+        "embedding": lambda: plots.embedding(
+            [[0, 1], [1, 0]], [0, 1], [0, 0], ["cat", "dog"], "map"
+        ),
+        "attribution_grid": lambda: plots.attribution_grid(
+            [("a", "cat")], [make_attribution_panel()]
+        ),
+        "attribution_sanity": lambda: plots.attribution_sanity(
             ["head"],
             {key: {"A": [(0.5, (0.4, 0.6))]} for key in ("spearman", "ssim")},
             {key: {"A": share, "random order": share} for key in ("deletion", "insertion")},
@@ -87,13 +102,13 @@ def make_every_plot() -> dict[str, Figure]:
 
 
 def test_every_plot_is_saved_with_its_size_and_reproducible_bytes(tmp_path: Path) -> None:
-    again = make_every_plot()
-    for name, figure in make_every_plot().items():
+    for name, draw in every_plot().items():
+        figure = draw()
         inches = figure.get_size_inches()
         pixels = save_and_read(figure, tmp_path / "made" / "here", f"{name}.png")
         assert pixels.shape == (*(int(side * 150) for side in inches[::-1]), 3)
         assert 0 < (pixels < 128).mean() < 0.9, "something is drawn, on a white page"
-        plots.save_figure(again[name], tmp_path / "again.png")
+        plots.save_figure(draw(), tmp_path / "again.png")
         first = (tmp_path / "made" / "here" / f"{name}.png").read_bytes()
         assert first == (tmp_path / "again.png").read_bytes()
         assert b"matplotlib" not in first
@@ -106,9 +121,9 @@ def test_every_plot_is_saved_with_its_size_and_reproducible_bytes(tmp_path: Path
 
 def test_separate_layout_gives_the_bytes_of_savefig_and_leaves_the_figure_as_it_was() -> None:
     """matplotlib itself draws the whole figure once more to lay it out."""
-    first, second = make_every_plot(), make_every_plot()
     for name in ("curves", "confusion", "activations"):
-        figure, reference, buffer = first[name], second[name], io.BytesIO()
+        draw, buffer = every_plot()[name], io.BytesIO()
+        figure, reference = draw(), draw()
         layout = figure.get_layout_engine()
         encoded = plots.encode_png(figure)
         with style._style_context(), matplotlib.rc_context(style.VECTOR_STYLE):

@@ -187,6 +187,7 @@ def test_a_sum_with_an_unknown_term_is_unknown() -> None:
 
 
 @pytest.mark.figures
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_seeds_are_summarized_and_finished_ones_are_not_trained_again() -> None:
     result = trained(*DIGITS, "--seeds", "2", "--name", "pair")
     assert (result["name"], result["split"], result["seeds"], result["folds"]) == (
@@ -246,6 +247,7 @@ def test_seeds_start_at_the_seed_of_the_recipe() -> None:
 
 
 @pytest.mark.figures
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_all_variants_are_trained_by_one_command() -> None:
     variants_file()
     done = here("train", "few.yaml", "train.epochs=1", "--variants", "all", "--json")
@@ -268,6 +270,7 @@ def test_all_variants_are_trained_by_one_command() -> None:
 
 
 @pytest.mark.figures
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_selected_variants_are_listed_in_the_given_order() -> None:
     path = variants_file()
     done = here("train", path, "--variants", "wide,slow", "--no-test")
@@ -331,6 +334,7 @@ def test_repeated_splits_of_data_with_fixed_splits_are_refused() -> None:
 
 
 @pytest.mark.figures
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_each_image_is_evaluated_in_exactly_one_fold() -> None:
     done = here("train", *DIGITS, "train.epochs=1", "--folds", "2", "--name", "x")
     assert done.code == 0, done.err
@@ -381,6 +385,7 @@ def test_a_refit_trains_on_all_images_for_the_chosen_number_of_epochs() -> None:
 
 
 @pytest.mark.figures
+@pytest.mark.usefixtures("figures_of_one_pixel")
 def test_a_refit_from_python() -> None:
     run_table = convlens.train_many(
         variants_file(),
