@@ -245,7 +245,7 @@ def random_rotation(
     return affine(images, maps, interpolation=interpolation, fill=fill)
 
 
-# Crops of any size, resized to the original size
+# Crops of any size, resized
 
 
 def draw_resized_crop(
@@ -265,18 +265,25 @@ def draw_resized_crop(
     return CropBoxes(top, torch.where(fits, left, ((width - w) / 2).floor()), h, w)
 
 
-def resized_crop(images: Tensor, boxes: CropBoxes) -> Tensor:
-    """Resize the box of each image to the size of the image, bilinearly (never downscaled)."""
+def resized_crop(images: Tensor, boxes: CropBoxes, size: int | None = None) -> Tensor:
+    """Resize the box of each image to squares of `size`, or to the size of the image, bilinearly.
+
+    There is no antialiasing: a box should not be more than twice as large as the result.
+    """
     n, _, height, width = images.shape
-    grid = images.new_empty(n, height, width, 2)
-    for axis, (start, length, size) in enumerate(
-        ((boxes.left, boxes.width, width), (boxes.top, boxes.height, height))
+    out_height, out_width = (size, size) if size else (height, width)
+    grid = images.new_empty(n, out_height, out_width, 2)
+    for axis, (start, length, size_in, size_out) in enumerate(
+        (
+            (boxes.left, boxes.width, width, out_width),
+            (boxes.top, boxes.height, height, out_height),
+        )
     ):
-        centers = torch.arange(size, device=images.device, dtype=images.dtype) + 0.5
-        pixel = centers * (length / size)[:, None] - 0.5
+        centers = torch.arange(size_out, device=images.device, dtype=images.dtype) + 0.5
+        pixel = centers * (length / size_out)[:, None] - 0.5
         # As if cropped before the resize: pixels outside the box must not blend in at its border.
         pixel = start[:, None] + pixel.clamp_min(0).minimum((length - 1)[:, None])
-        position = (pixel * 2 + 1) / size - 1
+        position = (pixel * 2 + 1) / size_in - 1
         grid[..., axis] = position[:, None, :] if axis == 0 else position[:, :, None]
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False).clamp_(0, 1)
 
@@ -287,6 +294,14 @@ def random_resized_crop(
     *,
     scale: NumberRange = (0.08, 1.0),
     ratio: NumberRange = (3 / 4, 4 / 3),
+    size: int | None = None,
 ) -> Tensor:
-    """Resize a random box, of `scale` of the area and `ratio` width/height, to the same size."""
-    return resized_crop(images, draw_resized_crop(images, generator, scale=scale, ratio=ratio))
+    """Resize a random box, of `scale` of the area and `ratio` width/height, to the same size.
+
+    With `size`, the results are squares of so many pixels. A network without a fixed image size
+    that is trained on smaller images than it is tested on costs less and is more accurate, because
+    objects look larger in random crops (Touvron et al. 2019, "Fixing the train-test resolution
+    discrepancy").
+    """
+    boxes = draw_resized_crop(images, generator, scale=scale, ratio=ratio)
+    return resized_crop(images, boxes, size)

@@ -353,7 +353,11 @@ AUGMENTS: dict[str, Augmentation] = {
     ),
     "RandomResizedCrop": Augmentation(
         geometry.random_resized_crop,
-        {"scale": interval(0, 1, above=True), "ratio": interval(0, above=True)},
+        {
+            "scale": interval(0, 1, above=True),
+            "ratio": interval(0, above=True),
+            "size": optional(square_side),
+        },
     ),
     "RandomAffine": Augmentation(
         geometry.random_affine,
