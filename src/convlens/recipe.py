@@ -32,6 +32,9 @@ from convlens.utils.yaml import shorten
 # 64 px. More epochs were not worth their time on sets of some thousand photographs (docs/log.md).
 TRAIN_IMAGES_TO_SEE = 130_000
 MIN_AUTO_EPOCHS, MAX_AUTO_EPOCHS = 8, 60
+# The same for a training that starts with pretrained weights, which needs far fewer.
+FINE_TUNING_IMAGES_TO_SEE = 16_000
+MIN_FINE_TUNING_EPOCHS, MAX_FINE_TUNING_EPOCHS = 3, 20
 # A training with a smaller share of the epochs that `auto` would choose is short: it does not learn
 # images that are cropped and recolored as well (docs/log.md).
 SHORT_TRAINING = 1 / 3
@@ -199,6 +202,8 @@ class ModelConfig(Section):
             weights that are on this machine, or none; nothing is downloaded.
         trainable: `all`, `head`, `stages`, `last:K`, `NAME+`, or names (`models.stages`). `auto`:
             `all` from scratch, and without the first stages from pretrained weights.
+        freeze_batch_norm: keep the statistics of batch norms as they are in the pretrained weights;
+            `auto`: if there are any.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
@@ -206,6 +211,7 @@ class ModelConfig(Section):
     name: str = "cnn"
     weights: Annotated[str, Field(min_length=1)] = "none"
     trainable: str = "all"
+    freeze_batch_norm: bool | Literal["auto"] = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -797,13 +803,21 @@ def resolve_auto(
         changes["data.background"] = background
     if recipe.data.range == "auto" and value_range is not None:
         changes["data.range"] = list(value_range)
-    auto_epochs = round(TRAIN_IMAGES_TO_SEE / images)
-    auto_epochs = min(max(auto_epochs, MIN_AUTO_EPOCHS), MAX_AUTO_EPOCHS)
+    auto_epochs = _auto_epochs(images, is_pretrained=recipe.model.weights != "none")
     epochs = auto_epochs if recipe.train.epochs == "auto" else recipe.train.epochs
     if recipe.augment == "auto":
         is_short = epochs < SHORT_TRAINING * auto_epochs
         changes["augment"] = default_augmentation(image_size, channels, is_short=is_short)
     return recipe.replace(**changes, **{"train.epochs": epochs})
+
+
+def _auto_epochs(images: int, *, is_pretrained: bool) -> int:
+    """Return the number of epochs that `auto` stands for."""
+    if is_pretrained:
+        epochs = round(FINE_TUNING_IMAGES_TO_SEE / images)
+        return min(max(epochs, MIN_FINE_TUNING_EPOCHS), MAX_FINE_TUNING_EPOCHS)
+    epochs = round(TRAIN_IMAGES_TO_SEE / images)
+    return min(max(epochs, MIN_AUTO_EPOCHS), MAX_AUTO_EPOCHS)
 
 
 def default_augmentation(

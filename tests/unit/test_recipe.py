@@ -16,6 +16,8 @@ from convlens.errors import UsageError
 from convlens.recipe import SECTIONS, Recipe
 from convlens.training.resolve import validate_recipe
 
+FROM_SCRATCH = ["model.name=cnn", "model.weights=none"]
+
 
 def refused(*overrides: str, source: Any = "digits") -> str:
     with pytest.raises(UsageError) as caught:
@@ -659,7 +661,7 @@ def test_the_conversion_is_recorded_where_the_recipe_says_auto() -> None:
 
 @pytest.mark.parametrize(("images", "epochs"), [(10, 60), (13_000, 10), (1_000_000, 8)])
 def test_number_of_epochs_follows_from_the_number_of_images(images: int, epochs: int) -> None:
-    loaded = recipe.load_recipe("folder")
+    loaded = recipe.load_recipe("folder", FROM_SCRATCH)
     resolved = recipe.resolve_auto(loaded, images=images, image_size=64, channels=3)
     assert resolved.train.epochs == epochs
     assert (resolved.data.image_size, resolved.data.channels) == (64, 3)
@@ -679,6 +681,13 @@ def test_default_augmentation_does_not_mirror_gray_images() -> None:
     ]
 
 
+@pytest.mark.parametrize(("images", "epochs"), [(10, 20), (1600, 10), (1769, 9), (1_000_000, 3)])
+def test_a_fine_tuning_sees_fewer_images(images: int, epochs: int) -> None:
+    loaded = recipe.load_recipe("folder", ["model.name=resnet18", "model.weights=IMAGENET1K_V1"])
+    resolved = recipe.resolve_auto(loaded, images=images, image_size=160, channels=3)
+    assert resolved.train.epochs == epochs
+
+
 @pytest.mark.parametrize(
     ("epochs", "images", "names"),
     [
@@ -691,7 +700,7 @@ def test_default_augmentation_does_not_mirror_gray_images() -> None:
     ],
 )
 def test_short_trainings_are_augmented_lightly(epochs: str, images: int, names: list[str]) -> None:
-    loaded = recipe.load_recipe("folder", [f"train.epochs={epochs}"])
+    loaded = recipe.load_recipe("folder", [*FROM_SCRATCH, f"train.epochs={epochs}"])
     resolved = recipe.resolve_auto(loaded, images=images, image_size=64, channels=3)
     assert [name for name, _ in resolved.operations] == names
     # Small and gray images are augmented mildly in any case.

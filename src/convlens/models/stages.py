@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from convlens.errors import UsageError, close_matches, did_you_mean_suffix
@@ -20,6 +21,8 @@ BACKBONES = ("features", "encoder", "layers", "blocks", "stages", "trunk_output"
 POOLINGS = (nn.MaxPool2d, nn.AvgPool2d)
 # Attribute in which `name_parts` stores its result.
 PARTS_ATTRIBUTE = "convlens_parts"
+# Attribute of a batch norm whose statistics `freeze_batch_norm` keeps.
+FROZEN_ATTRIBUTE = "convlens_frozen_statistics"
 TRAINABLE_FORMS = "all, head, stages, last:K, NAME+ or names with commas (layer3,layer4,fc)"
 
 
@@ -146,17 +149,29 @@ def freeze(model: nn.Module, trainable: str) -> None:
         )
 
 
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Keep the statistics of all batch norms in training; weights and biases are still trained.
+
+    The few batches of a fine-tuning give worse statistics than those that the network was trained
+    with, and differ from them because the images are augmented.
+    """
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            setattr(module, FROZEN_ATTRIBUTE, True)
+
+
 def set_train_mode(model: nn.Module) -> None:
     """Set train mode, and eval mode for everything frozen.
 
     A sub-module is frozen if it has parameters and none of them requires a gradient, so a frozen
-    batch norm keeps its statistics. All modules of `frozen_prefix` are in eval mode too: a frozen
-    backbone is a fixed function, dropout included.
+    batch norm keeps its statistics; `freeze_batch_norm` keeps those of the others. All modules of
+    `frozen_prefix` are in eval mode too: a frozen backbone is a fixed function, dropout included.
     """
     model.train()
     network = getattr(model, "_orig_mod", model)  # without the wrapper of torch.compile
     for module in network.modules():
-        if module is not network and _is_frozen(module):
+        keeps_statistics = getattr(module, FROZEN_ATTRIBUTE, False)
+        if keeps_statistics or (module is not network and _is_frozen(module)):
             module.eval()
     for name in frozen_prefix(network):
         network.get_submodule(name).eval()

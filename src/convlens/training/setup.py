@@ -25,7 +25,7 @@ from convlens.engine.loop import Criterion, TrainState
 from convlens.engine.losses import ClassificationLoss, balanced_weights, normalized_weights
 from convlens.engine.numerics import make_grad_scaler
 from convlens.errors import DataError, UsageError, closest_match, did_you_mean
-from convlens.models import stages
+from convlens.models import stages, zoo
 from convlens.recipe import Recipe, resolve_auto
 from convlens.run import Preprocessing
 from convlens.runtime import RuntimeContext
@@ -295,6 +295,8 @@ def build_network(
     if record is None and isinstance(model, models.DataInitialized):
         model.initialize(_sample_images(data.train, preprocessing, device))
     stages.freeze(model, config.trainable)
+    if config.freeze_batch_norm:
+        stages.freeze_batch_norm(model)
     return model, preprocessing, record
 
 
@@ -307,6 +309,12 @@ def _load_pretrained(
         return initial_state.weights
     source = pretrained.find_weights(recipe.model)
     fitted = pretrained.load_pretrained(source, model, data.classes)
+    head = models.model_parts(model).head
+    if zoo.timm_name(recipe.model.name) is not None and f"{head}.weight" in fitted.new:
+        # timm draws the weights of some heads from ±1/sqrt(classes): with few classes the first
+        # logits are so wrong that their gradients damage the pretrained features (docs/log.md).
+        for parameter in model.get_submodule(head).parameters():
+            nn.init.zeros_(parameter)
     licence = f"; licence: {source.licence}" if source.licence else ""
     print_status(f"weights of [bold]{escape(source.origin)}[/]{escape(licence)}")
     for line in fitted.lines():

@@ -38,8 +38,16 @@ FINE_TUNING_SIZE, SMALL_FINE_TUNING_SIZE = 160, 128
 # alike in all photographs, and these stages take most of the time.
 FROZEN_SHARE = 0.4
 
-FINE_TUNING: Mapping[str, Any] = {"optim.lr": 1e-3, "optim.layer_decay": 0.7}
-FROM_SCRATCH: Mapping[str, Any] = {"optim.lr": 3e-3, "optim.layer_decay": 1.0}
+FINE_TUNING: Mapping[str, Any] = {
+    "model.freeze_batch_norm": True,
+    "optim.lr": 1e-3,
+    "optim.layer_decay": 0.7,
+}
+FROM_SCRATCH: Mapping[str, Any] = {
+    "model.freeze_batch_norm": False,
+    "optim.lr": 3e-3,
+    "optim.layer_decay": 1.0,
+}
 # The network that is trained from scratch if `model.name` is `auto`; `cnn` has other defaults.
 SCRATCH_NETWORK: Mapping[str, Any] = {"name": "cnn", "widths": [32, 64, 128, 256], "head": "avg"}
 
@@ -69,8 +77,14 @@ def backbone_names() -> list[BackboneNames]:
 def has_open_start(recipe: Recipe) -> bool:
     """Return whether `auto` occurs in the sections `model` and `optim`."""
     config, optim = recipe.model, recipe.optim
-    values = (config.name, config.weights, config.trainable, optim.lr, optim.layer_decay)
-    return "auto" in values
+    return "auto" in (
+        config.name,
+        config.weights,
+        config.trainable,
+        config.freeze_batch_norm,
+        optim.lr,
+        optim.layer_decay,
+    )
 
 
 def choose_start(
@@ -100,12 +114,14 @@ def choose_start(
         trainable = first_trained_stage(config) if is_pretrained else "all"
         config = config.model_copy(update={"trainable": trainable})
     recipe = requested.model_copy(update={"model": config})
-    values = FINE_TUNING if is_pretrained else FROM_SCRATCH
-    is_open = {
-        "optim.lr": requested.optim.lr == "auto",
-        "optim.layer_decay": requested.optim.layer_decay == "auto",
+    requested_values = {
+        "model.freeze_batch_norm": config.freeze_batch_norm,
+        "optim.lr": requested.optim.lr,
+        "optim.layer_decay": requested.optim.layer_decay,
     }
-    return Start(recipe.replace(**{k: v for k, v in values.items() if is_open[k]}), reason)
+    values = FINE_TUNING if is_pretrained else FROM_SCRATCH
+    changes = {key: values[key] for key, value in requested_values.items() if value == "auto"}
+    return Start(recipe.replace(**changes), reason)
 
 
 def _choose_weights(

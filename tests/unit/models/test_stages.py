@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,13 @@ from torch import nn
 
 from convlens import models
 from convlens.models.cnn import CNN
-from convlens.models.stages import ModelParts, name_parts, set_train_mode, stage_of
+from convlens.models.stages import (
+    ModelParts,
+    freeze_batch_norm,
+    name_parts,
+    set_train_mode,
+    stage_of,
+)
 
 
 class Nested(nn.Module):
@@ -123,6 +130,21 @@ def test_parts_of_chains_and_containers() -> None:
 
 
 # Modes
+
+
+def test_frozen_statistics_do_not_change_and_weights_do() -> None:
+    """`freeze_batch_norm` keeps running means and variances; weight and bias get gradients."""
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))
+    freeze_batch_norm(model)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        set_train_mode(each)
+        assert each.training
+        assert not each[1].training
+        each(torch.randn(4, 1, 2, 2)).sum().backward()
+        assert each[1].weight.grad is not None
+        assert all(torch.equal(value, before[name]) for name, value in each.named_buffers())
 
 
 def modes(model: nn.Module) -> dict[str, bool]:
