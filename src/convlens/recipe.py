@@ -783,6 +783,7 @@ def resolve_auto(
     fit: str = "crop",
     value_range: tuple[float, float] | None = None,
     background: str = "white",
+    crop_size: int | None = None,
 ) -> Recipe:
     """Return the recipe with every `auto` about data, augmentation and epochs replaced.
 
@@ -795,6 +796,8 @@ def resolve_auto(
         fit: of the loaded data.
         value_range: of the loaded data; None: `data.range` has no effect on them and is kept.
         background: of the loaded data.
+        crop_size: size of the images that the network is trained on, if it is smaller than
+            `image_size`.
     """
     changes: dict[str, Any] = {"data.image_size": image_size, "data.channels": channels}
     if recipe.data.fit == "auto":
@@ -807,7 +810,9 @@ def resolve_auto(
     epochs = auto_epochs if recipe.train.epochs == "auto" else recipe.train.epochs
     if recipe.augment == "auto":
         is_short = epochs < SHORT_TRAINING * auto_epochs
-        changes["augment"] = default_augmentation(image_size, channels, is_short=is_short)
+        changes["augment"] = default_augmentation(
+            image_size, channels, is_short=is_short, crop_size=crop_size
+        )
     return recipe.replace(**changes, **{"train.epochs": epochs})
 
 
@@ -821,12 +826,15 @@ def _auto_epochs(images: int, *, is_pretrained: bool) -> int:
 
 
 def default_augmentation(
-    image_size: int, channels: int, *, is_short: bool = False
+    image_size: int, channels: int, *, is_short: bool = False, crop_size: int | None = None
 ) -> list[dict[str, dict[str, Any]]]:
     """Return the augmentation that `auto` stands for.
 
     It is mild for gray images: often these are digits or scans, and their mirror image may belong
     to another class. In a short training larger images are only mirrored.
+
+    Args:
+        crop_size: of the random crops of larger color images; None: the image size.
     """
     if channels == 1:
         return [{"RandomAffine": {"degrees": 10, "translate": [0.1, 0.1], "scale": [0.9, 1.1]}}]
@@ -835,10 +843,11 @@ def default_augmentation(
             {"RandomHorizontalFlip": {}},
             {"RandomCrop": {"padding": max(1, image_size // 8), "padding_mode": "reflect"}},
         ]
-    if is_short:
+    if is_short and not crop_size:
         return [{"RandomHorizontalFlip": {}}]
+    size = {"size": crop_size} if crop_size else {}
     return [
         {"RandomHorizontalFlip": {}},
-        {"RandomResizedCrop": {"scale": [0.4, 1.0], "ratio": [0.75, 1.3333]}},
+        {"RandomResizedCrop": {"scale": [0.4, 1.0], "ratio": [0.75, 1.3333], **size}},
         {"ColorJitter": {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2}},
     ]

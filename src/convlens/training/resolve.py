@@ -18,7 +18,7 @@ from convlens.data.transforms import pipeline
 from convlens.errors import UsageError, close_matches, did_you_mean, wrong_type
 from convlens.models import stages
 from convlens.recipe import DataConfig, Recipe, is_recipe_file, load_recipe, recipe_names, variants
-from convlens.training import pretrained
+from convlens.training import pretrained, transfer
 
 if TYPE_CHECKING:
     from convlens.run import RunDir
@@ -337,11 +337,13 @@ def _check_data_name(text: str, runs: Sequence[str] = (), *, or_recipe: bool = T
 def validate_recipe(recipe: Recipe) -> None:
     """Check every name and option of a recipe before any image is read.
 
-    The network is built and run once on zeros.
+    The network is built and run once on zeros. A network that is chosen by the images
+    (`model.name: auto`) is checked by `build_training_job`.
 
     Raises:
         UsageError: lists everything that is wrong.
     """
+    recipe = transfer.choose_start(recipe, None, transfer.backbone_names()).recipe
     size = recipe.data.image_size if recipe.data.image_size != "auto" else 224
     channels = recipe.data.channels if recipe.data.channels != "auto" else 3
     config = recipe.model

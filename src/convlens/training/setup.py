@@ -31,6 +31,7 @@ from convlens.run import Preprocessing
 from convlens.runtime import RuntimeContext
 from convlens.training import feature_cache, pretrained, transfer
 from convlens.training.autotune import Autotuner, TunedPlan
+from convlens.training.resolve import validate_recipe
 from convlens.utils.console import print_status
 
 VALIDATION_COST = 1 / 3  # of a training step on as many images: it has no backward pass
@@ -119,6 +120,8 @@ def build_training_job(
     backbones = context.broadcast(transfer.backbone_names)
     start = transfer.choose_start(requested, data.native, backbones)
     recipe = _resolve_recipe(start.recipe, data)
+    if start.reason and recipe.model.weights != "none":  # a network that was not checked before
+        validate_recipe(recipe)
     operations = pipeline.build_pipeline(
         recipe.operations,
         image_size=data.image_size,
@@ -195,6 +198,7 @@ def _resolve_recipe(requested: Recipe, data: Data) -> Recipe:
         fit=conversion.fit,
         value_range=conversion.value_range,
         background=conversion.background,
+        crop_size=transfer.crop_size(requested, conversion.size),
     )
     config = recipe.model
     if requested.data.image_size == "auto":  # `validate_recipe` could not know the size

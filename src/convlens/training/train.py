@@ -139,14 +139,13 @@ def train(
         if recorded:  # what was chosen when the run started holds, whatever is installed now
             recipe = transfer.with_recorded_choices(requested, Recipe.model_validate(recorded))
         backbones = context.broadcast(transfer.backbone_names)
-        likely = transfer.choose_start(recipe, None, backbones).recipe
-        validate_recipe(likely)
+        validate_recipe(recipe)
         if fresh:
             print_status(
                 f"[bold]{run_dir.name}[/] is new; without --fresh the same command continues it"
             )
         if not context.broadcast(run_dir.metadata):
-            check_weights_available(likely.model)
+            check_weights_available(transfer.choose_start(recipe, None, backbones).recipe.model)
         check_device_options(recipe, context.device)
         prepare(recipe.train.deterministic, context.device)
         choose_size = partial(transfer.choose_image_size, recipe, backbones)

@@ -20,6 +20,7 @@ from convlens import models, run
 from convlens.data.conversion import NativeImages
 from convlens.errors import UsageError
 from convlens.models.stages import model_parts
+from convlens.models.zoo import TIMM_BY_NAME
 from convlens.recipe import ModelConfig, Recipe
 from convlens.training import pretrained
 from convlens.training.backbones import (
@@ -31,9 +32,14 @@ from convlens.training.backbones import (
 # Images with a shorter typical side start from scratch: enlarged seven times, a digit of 28 px
 # shows nothing that ImageNet's filters could recognize (docs/log.md).
 MIN_SIDE = 48
-# Image sizes of a fine-tuning: photographs are reduced to the first, and smaller images than that
-# are enlarged to the second.
-FINE_TUNING_SIZE, SMALL_FINE_TUNING_SIZE = 160, 128
+# Image sizes of a fine-tuning: photographs are reduced to the first, and smaller images are
+# enlarged to the second.
+FINE_TUNING_SIZE, SMALL_FINE_TUNING_SIZE = 192, 128
+# Random crops are this much smaller: they cost less, and objects in them are as large as in whole
+# images (Touvron et al. 2019, "Fixing the train-test resolution discrepancy").
+CROP_RATIO = 0.75
+# Networks of `installed_backbones` that take images of any size with the same weights.
+ANY_SIZE = ("resnet18", "resnet34", "resnet50", *TIMM_BY_NAME)
 # Share of the stages, from the input, that a fine-tuning keeps frozen: edges and textures are
 # alike in all photographs, and these stages take most of the time.
 FROZEN_SHARE = 0.4
@@ -93,8 +99,8 @@ def choose_start(
     """Return the recipe with `auto` in the sections `model` and `optim` replaced, and the reason.
 
     Args:
-        native: What the images are like; None while they are unknown: then they count as
-            photographs.
+        native: What the images are like; None while they are unknown: then the recipe that trains
+            from scratch is returned.
         backbones: Those on this machine, the best one first (`backbone_names`).
 
     Raises:
@@ -137,7 +143,9 @@ def _choose_weights(
             reason = f"{config.name} from scratch: no pretrained weights of it are on this machine"
         return config.model_copy(update={"weights": weights}), reason
     from_scratch = config.model_copy(update={"name": "cnn", "weights": "none"})
-    unlike = "" if native is None else _unlike_photographs(native)
+    if native is None:
+        return from_scratch, ""
+    unlike = _unlike_photographs(native)
     if unlike:
         return from_scratch, f"{unlike}: training from scratch"
     if not backbones:
@@ -203,6 +211,16 @@ def choose_image_size(
     if choose_start(requested, native, backbones).recipe.model.weights == "none":
         return None
     return FINE_TUNING_SIZE if native.side >= SMALL_FINE_TUNING_SIZE else SMALL_FINE_TUNING_SIZE
+
+
+def crop_size(recipe: Recipe, image_size: int) -> int | None:
+    """Return the size of the random crops of a fine-tuning; None for the image size.
+
+    Args:
+        recipe: Without `auto` in the section `model`.
+    """
+    is_fine_tuning = recipe.model.weights != "none" and recipe.model.name in ANY_SIZE
+    return round(CROP_RATIO * image_size) if is_fine_tuning else None
 
 
 def with_recorded_choices(requested: Recipe, recorded: Recipe) -> Recipe:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from convlens.data.dataset import Data
+from convlens.data.dataset import Data, load_data
 from convlens.distributed import SINGLE_PROCESS, ProcessGroup
 from convlens.engine.losses import ClassificationLoss
 from convlens.errors import DataError, UsageError
+from convlens.models.stages import set_train_mode
 from convlens.recipe import Recipe, load_recipe, resolve_auto
 from convlens.run import Preprocessing
 from convlens.runtime import RuntimeContext
+from convlens.training import transfer
 from convlens.training.setup import (
     InitialState,
     _check_batch_size,
@@ -25,6 +29,7 @@ from convlens.training.setup import (
     build_network,
     build_training_job,
 )
+from helpers.commands import pictures as class_folders
 from helpers.support import Memory, Split, begin, images_of, pictures, same, tiny
 
 
@@ -221,3 +226,36 @@ def test_sampled_images_are_normalized() -> None:
     preprocessing = Preprocessing(8, 1, "stretch", [0.5], [0.25])
     sampled = _sample_images(Split(Memory(images), torch.zeros(10)), preprocessing)
     torch.testing.assert_close(sampled, (images / 255 - 0.5) / 0.25)
+
+
+@pytest.mark.parametrize("weights", ["auto", "lite0"])
+def test_photographs_start_with_the_weights_of_the_package(weights: str) -> None:
+    """The package is part of the test environment; its head is replaced by zeros."""
+    class_folders(Path("photos"), {"red": 4, "green": 4}, size=64)
+    requested = load_recipe("folder", ["data.name=photos", f"model.weights={weights}"])
+    data = load_data(
+        requested.data,
+        memory_budget=1 << 30,
+        choose_size=partial(transfer.choose_image_size, requested, transfer.backbone_names()),
+    )
+    assert data.image_size == transfer.SMALL_FINE_TUNING_SIZE
+    job = build_training_job(requested, data, RuntimeContext("cpu", quiet=True))
+    model = job.recipe.model
+    assert model.name == "tf_efficientnet_lite0"
+    assert model.trainable == "blocks.2+"
+    assert job.initial_weights is not None
+    assert job.initial_weights["licence"].startswith("Apache-2.0")
+    assert job.preprocessing.mean == [127 / 255] * 3
+    head = job.model.get_submodule("classifier")
+    assert head.weight.shape == (2, 1280)
+    assert not head.weight.any()
+    assert not head.bias.any()
+    set_train_mode(job.model)
+    norms = [m for m in job.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert not any(norm.training for norm in norms)
+    assert job.recipe.train.epochs == 20
+    assert ("RandomResizedCrop", 96) in [(n, a.get("size")) for n, a in job.recipe.operations]
+    images, _ = next(job.inputs.batches.epoch(1))
+    assert images.shape[1:] == (3, 96, 96)
+    assert (job.start_reason == "") == (weights == "lite0")

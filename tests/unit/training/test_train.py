@@ -468,9 +468,11 @@ def test_all_mistakes_in_a_recipe_are_reported_before_data_is_read(
 
 def test_what_auto_chose_and_how_long_it_takes() -> None:
     class_folders(Path("photos"), {"red": 30, "green": 30}, size=64)
-    requested = load_recipe("folder", ["data.name=photos", "train.batch_size=10"])
+    from_scratch = ["model.name=cnn", "model.weights=none"]
+    requested = load_recipe("folder", [*from_scratch, "data.name=photos", "train.batch_size=10"])
     job = build_training_job(requested, images_of(requested), RuntimeContext("cpu", quiet=True))
     assert len(job.data.train) == 42
+    assert not job.start_reason
     chosen = "auto: 64 px, 60 epochs, augment flip + crop + jitter"
     job.timings, job.step_seconds = {}, None
     assert training_train.describe_choices(requested, job) == f"{chosen}, batch 10"

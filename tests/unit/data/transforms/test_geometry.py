@@ -205,3 +205,14 @@ def test_alternating_flip_depends_on_number_seed_and_epoch_only() -> None:
         assert torch.equal(result, torch.stack(slow))
     order = torch.randperm(200, generator=generator)  # the coin does not depend on the batch
     assert torch.equal(random_coins(sample_info._replace(numbers=order)), first[order])
+
+
+def test_a_resized_crop_of_half_the_size_averages_pixels() -> None:
+    """The whole image at half its size: each pixel lies between four of the image."""
+    images = torch.rand(3, 2, 8, 8)
+    whole = geometry.CropBoxes(*(torch.full((3,), float(v)) for v in (0, 0, 8, 8)))
+    halved = geometry.resized_crop(images, whole, 4)
+    torch.testing.assert_close(halved, torch.nn.functional.avg_pool2d(images, 2))
+    assert torch.equal(geometry.resized_crop(images, whole, 8), geometry.resized_crop(images, whole))
+    drawn = geometry.random_resized_crop(images, torch.Generator().manual_seed(0), size=5)
+    assert drawn.shape == (3, 2, 5, 5)
