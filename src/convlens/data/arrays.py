@@ -113,6 +113,13 @@ def _select_layout(
         raise UsageError(
             f"an image without pixels: shape {_text(shape)}", where=where, fix="leave it out"
         )
+    if not candidates and channels is None and len(shape) == 3 and "NHW" in layouts:
+        raise UsageError(
+            f"an array of shape {_text(shape)} can be {_describe('NHW', shape)} [N, H, W] or one "
+            "image of grey and alpha [H, W, 2], which is not supported",
+            where=where,
+            fix="give channels='none' for grey images, or leave out the alpha channel",
+        )
     if not candidates:
         axis = "" if channels is None else f" with channels={channels!r}"
         possible = ", ".join(f"[{', '.join(layout)}]" for layout in layouts)

@@ -248,7 +248,7 @@ def test_tensors_and_arrays_of_other_libraries_are_converted() -> None:
 
 
 def test_two_channels_and_masked_values_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"shape \(8, 9, 2\) does not hold images"):
+    with pytest.raises(UsageError, match=r"shape \(8, 9, 2\) can be 8 grey images"):
         to_nchw(np.zeros((8, 9, 2), np.uint8))
     assert to_nchw(np.zeros((8, 9, 2), np.uint8), channels="none").shape == (8, 1, 9, 2)
     values = np.ma.masked_array(np.zeros((8, 8)), np.eye(8))

@@ -156,7 +156,7 @@ def test_the_same_seed_gives_the_same_weights() -> None:
         ({"dropout": "much"}, "model cnn"),
         ({"pool": ["max"]}, "model.pool has 1 values for 3"),
         ({"pool": ["max", "max", "mx"]}, "unknown model.pool 'mx'"),
-        ({"pool": [1, 2, 3]}, "model cnn"),
+        ({"pool": [1, 2, 3]}, "model.pool: an object of type 'int'"),
         ({"padding": "full"}, "unknown model.padding 'full'"),
         ({"padding": "valid", "kernel": 5}, "a 5x5 kernel doesn't fit maps of 2 px"),
         ({"widths": [10**30]}, "model cnn"),
