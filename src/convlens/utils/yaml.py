@@ -113,7 +113,19 @@ def key_lines(content: str) -> dict[str, int]:
 
 def dump_yaml(tree: Any) -> str:
     """Return YAML text that `parse_yaml` reads back as an equal value, with keys in order."""
+    from ruamel.yaml.representer import SafeRepresenter
+
+    class Representer(SafeRepresenter):
+        """Write the line breaks of Unicode as escapes: in single quotes they would be lost."""
+
+        def represent_str(self, data: str) -> Any:
+            style = '"' if any(letter in data for letter in "\x85\u2028\u2029") else None
+            return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+    # On a class of its own: ruamel registers representers for the whole process.
+    Representer.add_representer(str, Representer.represent_str)
     yaml = _yaml()
+    yaml.Representer = Representer
     yaml.default_flow_style = False
     text = io.StringIO()
     yaml.dump(tree, text)

@@ -108,3 +108,11 @@ def test_long_values_are_shortened_in_messages() -> None:
     assert yaml.shorten("short") == "'short'"
     assert yaml.shorten("x" * 200) == "'" + "x" * 79 + "..."
     assert yaml.shorten(10**10_000) == "a number of thousands of digits"
+
+
+@pytest.mark.parametrize(
+    "text", ["\x85", "a\x85b", "\u2028", "a \u2029", "\ufeff", "a\n\nb", "x: y"]
+)
+def test_line_breaks_of_unicode_survive(text: str) -> None:
+    dumped = yaml.dump_yaml({"about": text})
+    assert yaml.parse_yaml(dumped, where="") == {"about": text}
