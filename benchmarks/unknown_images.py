@@ -12,7 +12,8 @@ baseline, the confidence (Hendrycks and Gimpel 2017). Results:
 - FPR95: the share of unknown images that pass if 95% of the known ones do;
 - marked: the share of images above the stored threshold, which 5% of known ones should be.
 
-`--quick` runs everything on a few images, in a minute. The result is
+The same command continues where it was stopped: finished draws are in `--folder`, by default
+`build/unknown-images`. `--quick` runs everything on a few images, in a minute. The result is
 `benchmarks/results/unknown-images.json`.
 """
 
@@ -25,6 +26,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 # First, since it sets variables that libgomp reads when torch is imported.
@@ -210,12 +212,25 @@ def measure_draw(name: str, benchmark: Benchmark, draw: int, quick: bool) -> dic
     }
 
 
+def finished_draw(
+    folder: Path, name: str, benchmark: Benchmark, draw: int, quick: bool
+) -> dict[str, Any]:
+    """Return a draw from the folder, or measure it and write it there."""
+    path = folder / f"{name}-{draw}{'-quick' if quick else ''}.json"
+    if not path.exists():
+        path.write_text(json.dumps(measure_draw(name, benchmark, draw, quick)))
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=list(BENCHMARKS), metavar="SET")
     parser.add_argument("--draws", type=int, help="by default 5, 6 and 3")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path("build/unknown-images"))
     options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("CONVLENS_DATA", os.path.abspath("data"))
     sets: dict[str, Any] = {}
     for name in options.names:
@@ -225,7 +240,10 @@ def main() -> None:
             "recipe": benchmark.recipe,
             "overrides": benchmark.overrides,
             "size": benchmark.size,
-            "draws": [measure_draw(name, benchmark, i, options.quick) for i in range(draws)],
+            "draws": [
+                finished_draw(options.folder, name, benchmark, i, options.quick)
+                for i in range(draws)
+            ],
         }
         print(name, json.dumps(sets[name]["draws"][-1]["groups"]), flush=True)
     print(json.dumps(record("unknown-images", {"quick": options.quick, "sets": sets})))

@@ -190,7 +190,7 @@ def _current_handlers(names: Sequence[str]) -> Handlers:
     Ignored signals are left out and stay ignored: that is the purpose of `nohup`. A handler that
     was not installed from Python is None; it is left out too, since it could not be restored.
     """
-    numbers = [each for each in signal.Signals if each.name in names]
+    numbers = [signal.Signals[name] for name in names if name in signal.Signals.__members__]
     handlers = {number: signal.getsignal(number) for number in numbers}
     return {
         number: handler
