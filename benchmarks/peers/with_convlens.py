@@ -10,6 +10,7 @@ import torch
 
 from convlens import device, recipe
 from convlens.data.cache import ArrayRows
+from convlens.data.conversion import NativeImages
 from convlens.data.dataset import Data, Split
 from convlens.data.decode import Conversion
 from convlens.data.summary import DatasetSummary
@@ -68,6 +69,7 @@ def _data(row: Row) -> Data:
         name="peers",
         classes=classes,
         conversion=conversion,
+        native=NativeImages(conversion.size, row.channels),
         train=split,
         val=nothing,
         fingerprint="",

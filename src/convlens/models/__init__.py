@@ -51,7 +51,7 @@ MODELS: dict[str, str] = {
     "wrn": "resnet.WRN",
 }
 # Keys of the section `model` that every network has, for suggestions.
-COMMON_KEYS = ("name", "weights", "trainable")
+COMMON_KEYS = ("name", "weights", "trainable", "freeze_batch_norm")
 # Image sizes to suggest where a network refuses the requested one. Every network accepts 224.
 SUGGESTED_IMAGE_SIZES = (16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256, 288, 320, 384)
 # What a network may raise for unsuitable options or images.

@@ -145,6 +145,9 @@ def _choose_weights(
     from_scratch = config.model_copy(update={"name": "cnn", "weights": "none"})
     if native is None:
         return from_scratch, ""
+    if config.options:
+        names = ", ".join(f"model.{key}" for key in config.options)
+        return from_scratch, f"{names} without model.name: training a cnn from scratch"
     unlike = _unlike_photographs(native)
     if unlike:
         return from_scratch, f"{unlike}: training from scratch"

@@ -29,6 +29,7 @@ from convlens.engine.losses import ClassificationLoss
 from convlens.engine.numerics import make_grad_scaler
 from convlens.models import stages
 from convlens.recipe import Recipe
+from convlens.training.transfer import choose_start
 from convlens.utils.console import ProgressDisplay
 from helpers.support import Split
 
@@ -202,7 +203,7 @@ class FailingBar:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_recipe_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = recipe.load_recipe(name)
+    config = choose_start(recipe.load_recipe(name), None, []).recipe
     if config.augment == "auto":
         config = config.replace(augment=[{"RandomHorizontalFlip": {}}])
     assert count_records(config, monkeypatch) == 6
@@ -326,7 +327,7 @@ class SilentBar:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_recipe_waits_for_a_real_device(name: str) -> None:
-    config = recipe.load_recipe(name)
+    config = choose_start(recipe.load_recipe(name), None, []).recipe
     if config.augment == "auto":
         config = config.replace(augment=[{"RandomHorizontalFlip": {}}])
     # The learning rates of recipes for batches of 2,000 would diverge here.

@@ -99,6 +99,15 @@ def test_values_that_were_requested_are_kept() -> None:
     assert scratch.recipe.optim.layer_decay == 1.0
 
 
+def test_options_without_a_network_are_those_of_the_cnn() -> None:
+    start = choose_start(folder("model.widths=[4,8]", "model.dropout=0.1"), PHOTOGRAPHS, HERE)
+    assert start.recipe.model.name == "cnn"
+    assert start.recipe.model.options == {"widths": [4, 8], "dropout": 0.1, "head": "avg"}
+    assert start.reason == (
+        "model.widths, model.dropout without model.name: training a cnn from scratch"
+    )
+
+
 def test_the_network_of_requested_weights_is_found() -> None:
     start = choose_start(folder("model.weights=lite0"), NativeImages(28, 1), [])
     assert start.recipe.model.name.endswith("tf_efficientnet_lite0")

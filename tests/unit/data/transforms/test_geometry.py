@@ -213,6 +213,8 @@ def test_a_resized_crop_of_half_the_size_averages_pixels() -> None:
     whole = geometry.CropBoxes(*(torch.full((3,), float(v)) for v in (0, 0, 8, 8)))
     halved = geometry.resized_crop(images, whole, 4)
     torch.testing.assert_close(halved, torch.nn.functional.avg_pool2d(images, 2))
-    assert torch.equal(geometry.resized_crop(images, whole, 8), geometry.resized_crop(images, whole))
+    assert torch.equal(
+        geometry.resized_crop(images, whole, 8), geometry.resized_crop(images, whole)
+    )
     drawn = geometry.random_resized_crop(images, torch.Generator().manual_seed(0), size=5)
     assert drawn.shape == (3, 2, 5, 5)
