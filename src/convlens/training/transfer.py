@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from convlens import models, run
@@ -194,7 +195,8 @@ def first_trained_stage(config: ModelConfig) -> str:
 
     A ResNet is trained from `layer2` on, an EfficientNet from `blocks.2` on.
     """
-    model = models.try_out(config.name, 3, 224, config.options)
+    with torch.device("meta"):  # only its structure is needed
+        model = models.build_model(config.name, 2, 3, 224, config.options)
     return trainable_from(model)
 
 
