@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import interpolate
 
 from convlens import metrics
 from convlens.data.audit import Audit
@@ -159,6 +160,8 @@ def _draw_augmented(data: Data, augment: Augment, title: str) -> Any:
     before, labels = data.train.rows.gather(shown), data.train.labels[shown]
     generator = torch.Generator().manual_seed(derive_seed(0, 0, 0))
     after, mixed = augment(to_unit(before), labels, SampleInfo(shown, epoch=1, seed=0), generator)
+    if after.shape != before.shape:  # crops of another size, enlarged to be drawn beside the images
+        after = interpolate(after, size=before.shape[-2:], mode="bilinear", antialias=True)
     after = after.clamp(0, 1).mul(255).round().to(torch.uint8)
     return plots.augmented_batch(
         before.numpy(),

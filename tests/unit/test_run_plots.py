@@ -169,3 +169,13 @@ def test_data_sheet_and_plots_of_several_runs_are_written() -> None:
     run_plots.plot_several(Path("plots/two/seeds.png"), {"": runs}, "two", "2 seeds")
     run_plots.plot_several(Path("plots/two/all.png"), {"a": runs, "b": runs}, "two", "")
     assert set(read_sizes(Path("plots/two"))) == {"seeds.png", "all.png"}
+
+
+@pytest.mark.usefixtures("figures_of_one_pixel")
+def test_crops_of_another_size_are_drawn_beside_the_images() -> None:
+    """A fine-tuning is trained on smaller images than it is tested on."""
+    pictures(Path("photos"), {"red": 6, "green": 6}, size=64)
+    crops = "augment=[RandomResizedCrop: {size: 48}]"
+    done = here("train", "photos", "model.widths=[4]", crops, "train.epochs=1", "--name", "crops")
+    assert done.code == 0, done.err
+    assert any("augment" in name for name in read_sizes(Path("plots/crops")))
