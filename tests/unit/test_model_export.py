@@ -308,7 +308,7 @@ def test_evaluate_with_the_onnx_file_equals_evaluate_with_the_run(small: Path) -
     ours = here("evaluate", small, "--json").json
     cached = {path: path.read_bytes() for path in (small / "answers").iterdir()}
     theirs = here("evaluate", small / "model.onnx", "--json").json
-    # Features are not exported: which images are unlike the training images is told by the energy.
+    # Features are not exported: the energy decides which images are unlike the training images.
     own = {"model_sha256", "images_per_second", "looks", "unlike"}
     close(
         {k: v for k, v in ours.items() if k not in own},

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from convlens.data.download import WEIGHTS_FOLDER, data_roots
 
+WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 TORCHVISION_URL = "https://download.pytorch.org/models/"
 TORCHVISION_LICENCE = "BSD-3-Clause (that of torchvision)"
 
@@ -213,17 +214,17 @@ def installed_backbones() -> list[Backbone]:
     return found
 
 
-def missing_packages() -> list[str]:
-    """Return the names of the packages that the recommended backbone needs and that are missing."""
+def missing_packages(package: WeightsPackage = RECOMMENDED_PACKAGE) -> list[str]:
+    """Return what pip has to install before the weights of a package can be used."""
     missing = [] if is_installed("timm") else ["timm"]
-    if weights_file(RECOMMENDED_PACKAGE) is None:
-        missing.append(RECOMMENDED_PACKAGE.name)
+    if weights_file(package) is None:
+        missing.append(package.name)
     return missing
 
 
-def install_command() -> str:
+def install_command(package: WeightsPackage = RECOMMENDED_PACKAGE) -> str:
     """Return the pip command that installs `missing_packages`; empty if nothing is missing."""
-    missing = missing_packages()
+    missing = missing_packages(package)
     return f"pip install {' '.join(missing)}" if missing else ""
 
 

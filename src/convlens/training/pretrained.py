@@ -37,6 +37,7 @@ from convlens.training.backbones import (
     LITE_STD,
     TORCHVISION_LICENCE,
     WEIGHTS_PACKAGES,
+    WEIGHTS_SUFFIXES,
     WeightsPackage,
     downloaded_file,
     find_weights_package,
@@ -47,7 +48,6 @@ from convlens.training.backbones import (
 )
 from convlens.utils.files import cannot_write, interprocess_lock, sha256
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # `IMAGENET1K_V1`, `DEFAULT` or, with its table, `ResNet18_Weights.IMAGENET1K_V1`.
 _MEMBER = re.compile(r"(?:(\w+_Weights)\.)?(IMAGENET\w*|DEFAULT)|(\w+_Weights)\.(\w+)")
 
@@ -273,7 +273,7 @@ def _locate(spec: str, name: str) -> tuple[Path, str]:
     path = Path(spec)
     if os.path.isfile(path):  # (`Path.is_file` raises for names that are too long)
         return path, f"file {spec}"
-    if path.suffix in SUFFIXES and not os.path.isdir(path):
+    if path.suffix in WEIGHTS_SUFFIXES and not os.path.isdir(path):
         raise ModelFileError("no such weights file", where=spec, fix="check model.weights")
     try:
         run_dir = run.find_run(spec)

@@ -343,7 +343,7 @@ def validate_recipe(recipe: Recipe) -> None:
     Raises:
         UsageError: lists everything that is wrong.
     """
-    recipe = transfer.choose_start(recipe, None, transfer.backbone_names()).recipe
+    recipe = transfer.choose_start(recipe, None, transfer.backbones_for(recipe)).recipe
     size = recipe.data.image_size if recipe.data.image_size != "auto" else 224
     channels = recipe.data.channels if recipe.data.channels != "auto" else 3
     config = recipe.model

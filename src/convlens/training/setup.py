@@ -117,11 +117,9 @@ def build_training_job(
         initial_state: what an interrupted run saved of its pretrained weights.
     """
     group = context.process_group
-    backbones = context.broadcast(transfer.backbone_names)
+    backbones = context.broadcast(lambda: transfer.backbones_for(requested))
     start = transfer.choose_start(requested, data.native, backbones)
-    recipe = _resolve_recipe(start.recipe, data)
-    if start.reason and recipe.model.weights != "none":  # a network that was not checked before
-        validate_recipe(recipe)
+    recipe = _resolve_recipe(start, data)
     operations = pipeline.build_pipeline(
         recipe.operations,
         image_size=data.image_size,
@@ -182,8 +180,9 @@ def build_training_job(
     )
 
 
-def _resolve_recipe(requested: Recipe, data: Data) -> Recipe:
+def _resolve_recipe(start: transfer.Start, data: Data) -> Recipe:
     """Return the recipe with every `auto` replaced; refuse data that cannot be trained on."""
+    requested = start.recipe
     images = int(data.train.labels.numel())
     if images < 2:
         raise DataError(
@@ -201,7 +200,9 @@ def _resolve_recipe(requested: Recipe, data: Data) -> Recipe:
         crop_size=transfer.crop_size(requested, conversion.size),
     )
     config = recipe.model
-    if requested.data.image_size == "auto":  # `validate_recipe` could not know the size
+    if start.reason and config.weights != "none":  # the network was not known before
+        validate_recipe(recipe)
+    elif requested.data.image_size == "auto":  # `validate_recipe` could not know the size
         models.try_out(
             config.name, data.channels, data.image_size, config.options, recipe.train.batch_size
         )

@@ -138,7 +138,7 @@ def train(
         requested, recorded = recipe, context.broadcast(lambda: _recorded_recipe(run_dir))
         if recorded:  # what was chosen when the run started holds, whatever is installed now
             recipe = transfer.with_recorded_choices(requested, Recipe.model_validate(recorded))
-        backbones = context.broadcast(transfer.backbone_names)
+        backbones = context.broadcast(partial(transfer.backbones_for, recipe))
         validate_recipe(recipe)
         if fresh:
             print_status(

@@ -76,11 +76,6 @@ class Start:
 BackboneNames = tuple[str, str]
 
 
-def backbone_names() -> list[BackboneNames]:
-    """Return the names of the backbones on this machine, the best one first."""
-    return [(each.name, each.weights) for each in installed_backbones()]
-
-
 def has_open_start(recipe: Recipe) -> bool:
     """Return whether `auto` occurs in the sections `model` and `optim`."""
     config, optim = recipe.model, recipe.optim
@@ -94,6 +89,16 @@ def has_open_start(recipe: Recipe) -> bool:
     )
 
 
+def backbones_for(recipe: Recipe) -> list[BackboneNames]:
+    """Return the names of the backbones on this machine, the best one first.
+
+    They are looked up only if the recipe leaves the start open; otherwise none are returned.
+    """
+    if not has_open_start(recipe):
+        return []
+    return [(each.name, each.weights) for each in installed_backbones()]
+
+
 def choose_start(
     requested: Recipe, native: NativeImages | None, backbones: Sequence[BackboneNames]
 ) -> Start:
@@ -102,7 +107,7 @@ def choose_start(
     Args:
         native: What the images are like; None while they are unknown: then the recipe that trains
             from scratch is returned.
-        backbones: Those on this machine, the best one first (`backbone_names`).
+        backbones: Those on this machine, the best one first (`backbones_for`).
 
     Raises:
         UsageError: `model.name` is `auto`, and the weights do not say what network they are of.

@@ -20,11 +20,11 @@ from convlens.training.backbones import (
     TORCHVISION_URL,
     TORCHVISION_WEIGHTS,
     WEIGHTS_PACKAGES,
+    WEIGHTS_SUFFIXES,
     WeightsPackage,
 )
 
 RUNS_FOLDER = Path("models")  # `run.MODELS_DIR`, whose module imports torch
-WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,7 @@ def _get_from_library(name: str) -> Path | None:
 
 def _package_entry(package: WeightsPackage) -> WeightsEntry:
     path = backbones.weights_file(package)
-    is_here = path is not None and backbones.is_installed("timm")
-    missing = [] if backbones.is_installed("timm") else ["timm"]
-    missing += [] if path is not None else [package.name]
+    command = backbones.install_command(package)
     return WeightsEntry(
         kind="package",
         name=package.short_name,
@@ -168,10 +166,10 @@ def _package_entry(package: WeightsPackage) -> WeightsEntry:
         bytes=package.size,
         top1=package.top1,
         licence=package.licence,
-        is_here=is_here,
+        is_here=not command,
         path=None if path is None else str(path),
         url=None,
-        command="" if is_here else f"pip install {' '.join(missing)}",
+        command=command,
     )
 
 

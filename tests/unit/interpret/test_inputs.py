@@ -165,7 +165,7 @@ def test_network_of_torchvision_is_opened_without_a_run() -> None:
 
 
 def test_a_network_of_a_library_has_as_many_outputs_as_its_weights() -> None:
-    """The order of tensors in a file is no order of layers."""
+    """The order of tensors in a file is not that of the layers."""
     network = build_model("squeezenet1_1", 7, 3, 224, {})
     tensors = dict(sorted(network.state_dict().items(), reverse=True))
     torch.save({f"module.{name}": tensor for name, tensor in tensors.items()}, "seven.pth")

@@ -236,7 +236,9 @@ def test_photographs_start_with_the_weights_of_the_package(weights: str) -> None
     data = load_data(
         requested.data,
         memory_budget=1 << 30,
-        choose_size=partial(transfer.choose_image_size, requested, transfer.backbone_names()),
+        choose_size=partial(
+            transfer.choose_image_size, requested, transfer.backbones_for(requested)
+        ),
     )
     assert data.image_size == transfer.SMALL_FINE_TUNING_SIZE
     job = build_training_job(requested, data, RuntimeContext("cpu", quiet=True))

@@ -117,7 +117,7 @@ def test_what_is_here_has_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all(entry.command == "" for entry in here.values())
     assert weights_catalogue.get_weights("mine.pth") == folder / "mine.pth"
     assert weights_catalogue.RUNS_FOLDER == run.MODELS_DIR
-    assert weights_catalogue.WEIGHTS_SUFFIXES == pretrained.SUFFIXES
+    assert weights_catalogue.WEIGHTS_SUFFIXES == pretrained.WEIGHTS_SUFFIXES
 
 
 def test_all_networks_of_torchvision_are_listed_on_request() -> None:
