@@ -14,6 +14,7 @@ from tables.inside import attribution, labels, looking
 from tables.peers import peers
 from tables.speed import (
     allocator,
+    depthwise,
     inference,
     overhead,
     processes,
@@ -47,6 +48,7 @@ SECTIONS = {
     "time-to-99": time_to_99,
     "overhead": overhead,
     "allocator": allocator,
+    "depthwise": depthwise,
     "inference": inference,
     "processes": processes,
     "startup": startup,

@@ -37,6 +37,27 @@ def time_to_99(r: dict[str, Any]) -> str:
     return "\n".join([*lines, "", where(r), ""])
 
 
+def depthwise(r: dict[str, Any]) -> str:
+    """Table of `benchmarks/depthwise.py`."""
+    lines = [
+        "## Gradients of depthwise convolutions",
+        "",
+        f"Forward and backward pass of `{r['network']}` on {r['batch']} images of {r['size']} px, on "
+        "the CPU. Milliseconds for an image, and in brackets the ratio to convlens (bfloat16 with "
+        "its own gradients), as medians of rounds in turns.",
+        "",
+        "| trained from | torch, float32 | torch, bfloat16 | convlens, bfloat16 |",
+        "|---|---|---|---|",
+    ]
+    for first, row in r["stages"].items():
+        cells = [
+            f"{row[kind]['ms_an_image']:.2f} (**{row[kind]['over_convlens']:.2f}**)"
+            for kind in ("float32", "bfloat16")
+        ]
+        lines.append(f"| {first} | {' | '.join(cells)} | {row['convlens']['ms_an_image']:.2f} |")
+    return "\n".join([*lines, "", where(r), ""])
+
+
 def overhead(r: dict[str, Any]) -> str:
     lines = [
         "## What the loop costs",

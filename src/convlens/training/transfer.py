@@ -35,10 +35,11 @@ from convlens.training.backbones import (
 MIN_SIDE = 48
 # Image sizes of a fine-tuning: photographs are reduced to the first, and smaller images are
 # enlarged to the second.
-FINE_TUNING_SIZE, SMALL_FINE_TUNING_SIZE = 192, 128
+FINE_TUNING_SIZE, SMALL_FINE_TUNING_SIZE = 224, 128
 # Random crops are this much smaller: they cost less, and objects in them are as large as in whole
 # images (Touvron et al. 2019, "Fixing the train-test resolution discrepancy").
-CROP_RATIO = 0.75
+CROP_RATIO = 160 / 224
+CROP_MULTIPLE = 16  # their size is a multiple of it, so that few layers need padding
 # Networks of `installed_backbones` that take images of any size with the same weights.
 ANY_SIZE = ("resnet18", "resnet34", "resnet50", *TIMM_BY_NAME)
 # Share of the stages, from the input, that a fine-tuning keeps frozen: edges and textures are
@@ -230,7 +231,10 @@ def crop_size(recipe: Recipe, image_size: int) -> int | None:
         recipe: Without `auto` in the section `model`.
     """
     is_fine_tuning = recipe.model.weights != "none" and recipe.model.name in ANY_SIZE
-    return round(CROP_RATIO * image_size) if is_fine_tuning else None
+    if not is_fine_tuning:
+        return None
+    size = CROP_MULTIPLE * round(CROP_RATIO * image_size / CROP_MULTIPLE)
+    return size or image_size
 
 
 def with_recorded_choices(requested: Recipe, recorded: Recipe) -> Recipe:

@@ -134,7 +134,7 @@ def test_a_fine_tuning_freezes_the_first_stages(name: str, trainable: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("native", "expected"), [(500, 192), (192, 192), (128, 192), (127, 128), (48, 128)]
+    ("native", "expected"), [(500, 224), (192, 224), (128, 224), (127, 128), (48, 128)]
 )
 def test_the_image_size_of_a_fine_tuning(native: int, expected: int) -> None:
     assert choose_image_size(folder(), HERE, NativeImages(native, 3)) == expected
@@ -142,9 +142,10 @@ def test_the_image_size_of_a_fine_tuning(native: int, expected: int) -> None:
 
 def test_a_fine_tuning_is_trained_on_smaller_crops() -> None:
     start = choose_start(folder(), PHOTOGRAPHS, HERE)
-    assert transfer.crop_size(start.recipe, 192) == 144
+    sizes = {224: 160, 192: 144, 160: 112, 128: 96}
+    assert {size: transfer.crop_size(start.recipe, size) for size in sizes} == sizes
     scratch = choose_start(folder(), NativeImages(28, 1), HERE)
-    assert transfer.crop_size(scratch.recipe, 192) is None
+    assert transfer.crop_size(scratch.recipe, 224) is None
     # Its weights depend on the size of the images.
     vit = folder("model.name=vit_b_16", "model.weights=IMAGENET1K_V1", "model.trainable=head")
     assert transfer.crop_size(vit, 224) is None
