@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -126,8 +125,3 @@ def error_response(error: Exception) -> JSONResponse:
         # No path of this machine: the page may be shown to others.
         return refuse(status, error.what, error.fix)
     raise error
-
-
-def embed(content: Any) -> str:
-    """Return JSON for the attribute of an element; the template escapes it."""
-    return json.dumps(_finite(content), separators=(",", ":"))

@@ -101,8 +101,9 @@ class Workspace:
         self.jobs = jobs
         self.device = device
         self.follows_folder = not names
+        self._models_folder = MODELS_DIR.absolute()
         self._paths: dict[str, Path] = {}
-        self._add_runs([_run_path(name) for name in names] or run_folders())
+        self._add_runs([_run_path(name) for name in names] or run_folders(self._models_folder))
         self._opened: OrderedDict[str, OpenedRun] = OrderedDict()
         self._images: OrderedDict[str, StoredImage] = OrderedDict()
         self._lock = threading.RLock()
@@ -112,7 +113,7 @@ class Workspace:
     def run_ids(self) -> list[str]:
         """Return the ids of the runs, in the order in which they are shown."""
         if self.follows_folder:
-            self._add_runs(run_folders())
+            self._add_runs(run_folders(self._models_folder))
         return list(self._paths)
 
     def path(self, run: str) -> Path:
@@ -197,10 +198,10 @@ def _run_path(name: str) -> Path:
     """
     for path in (MODELS_DIR / name, Path(name)):
         if is_run_folder(path) or os.path.isfile(path):
-            return path
+            return path.absolute()
     from convlens.run import find_run  # imports torch, but only for an error message
 
-    return find_run(name).path
+    return find_run(name).path.absolute()
 
 
 def _file_state(path: Path) -> tuple[int, int]:
