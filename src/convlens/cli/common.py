@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # The commands in the order of `convlens --help`, by panel.
 PANELS = {
     "Everyday": ("train", "predict", "evaluate", "report"),
-    "Understand": ("look", "compare", "diagnose"),
+    "Understand": ("explore", "look", "compare", "diagnose"),
     "Data": ("audit", "labels", "augment", "shard"),
     "Hand over": ("export",),
     "Other": ("recipes", "weights", "info"),
@@ -36,6 +36,11 @@ NAME_COLUMN_WIDTH = 28  # maximum, of options and commands in a help page
 # Old names and those of other tools, for the suggestion in the error message. They are not aliases.
 OTHER_NAMES = {
     "data": ("audit", "augment", "shard"),
+    "browse": ("explore",),
+    "gui": ("explore",),
+    "ui": ("explore",),
+    "app": ("explore",),
+    "tensorboard": ("explore",),
     "doctor": ("diagnose",),
     "fit": ("train",),
     "finetune": ("train",),

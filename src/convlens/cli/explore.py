@@ -1,0 +1,82 @@
+"""The command `explore`, which serves a local page about runs."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from convlens.cli.common import Command, DeviceOption, app
+from convlens.errors import UsageError
+from convlens.utils.console import print_status
+
+REQUIRED_PACKAGES = ("starlette", "uvicorn", "python_multipart")
+
+
+@app.command(cls=Command)
+def explore(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN]...",
+            help="Names or folders of runs, or model files; by default all runs here.",
+        ),
+    ] = None,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="N", help="Port; by default a free one.")
+    ] = 0,
+    no_open: Annotated[
+        bool, typer.Option("--no-open", help="Do not open the page in a browser.")
+    ] = False,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on.")
+    ] = "127.0.0.1",
+    allow_remote: Annotated[
+        bool,
+        typer.Option(
+            "--allow-remote",
+            help="Let other machines use the page, without encryption: needs --host and --token.",
+        ),
+    ] = False,
+    token: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="Secret in the URL; by default a random one."),
+    ] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Open a page to try, inspect and correct models, on this machine only.
+
+    Prints the URL of the page; Ctrl-C ends it.
+
+    Examples:
+        convlens explore digits
+        convlens explore resnet18 resnet18-noaug --port 8000 --no-open
+    """
+    check_installed("explore")
+    from convlens.explore import server
+
+    print_status("the page is at this URL, on this machine only; Ctrl-C ends it")
+    server.explore(
+        runs or [],
+        port=port,
+        host=host,
+        allow_remote=allow_remote,
+        token=token,
+        open_browser=not no_open,
+        device=device,
+    )
+
+
+def check_installed(command: str) -> None:
+    """Check that the packages of the extra `explore` are installed.
+
+    Raises:
+        UsageError: they are not; the message has the command that installs them.
+    """
+    missing = [name for name in REQUIRED_PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"{command} needs packages that are not installed: {', '.join(missing)}",
+            fix="pip install 'convlens[explore]'",
+        )
