@@ -29,7 +29,7 @@ PANELS = {
     "Everyday": ("train", "predict", "evaluate", "report"),
     "Understand": ("explore", "look", "compare", "diagnose"),
     "Data": ("audit", "labels", "augment", "shard"),
-    "Hand over": ("export",),
+    "Hand over": ("export", "serve"),
     "Other": ("recipes", "weights", "info"),
 }
 NAME_COLUMN_WIDTH = 28  # maximum, of options and commands in a help page
@@ -66,6 +66,9 @@ OTHER_NAMES = {
     "explain": ("look",),
     "plot": ("look",),
     "convert": ("export",),
+    "deploy": ("serve", "export"),
+    "api": ("serve",),
+    "server": ("serve",),
     "list": ("recipes",),
     "ls": ("recipes",),
     "models": ("recipes", "weights"),

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 SAFE_METHODS = ("GET", "HEAD")
+RETRY_SECONDS = 1  # after which a client that was refused for lack of room should try again
 # Scripts, styles and data come from this server only. Charts and thumbnails are data URIs.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -46,22 +47,25 @@ class Access:
 
     Attributes:
         token: what a request has to know; empty if none is needed.
-        names: the host names and addresses by which the server may be addressed.
+        names: the host names and addresses by which the server may be addressed; empty for any,
+            if requests have to send the token themselves and no browser does it for them.
         addresses: also allow all IP addresses, for a server that is open to other machines. They
             are no help for DNS rebinding, which needs a name.
         cookie: name of the cookie with the token. Cookies are shared by all ports of a host, so
             servers on different ports need different names.
+        open_paths: what may be requested without a token.
     """
 
     token: str
     names: frozenset[str] = frozenset(LOOPBACK_NAMES)
     addresses: bool = False
     cookie: str = "convlens"
+    open_paths: frozenset[str] = frozenset()
 
     def allows_host(self, host: str) -> bool:
         """Return whether a `Host` header names this server; the port may be that of a tunnel."""
         name = _host_name(host)
-        if name in self.names:
+        if name in self.names or not self.names:
             return True
         return self.addresses and _is_address(name)
 
@@ -144,6 +148,8 @@ class Guard:
         problem = _other_site(scope["method"], headers, f"{scope['scheme']}://{hosts[0]}")
         if problem:
             return refuse(403, problem)
+        if scope["path"] in self.access.open_paths:
+            return self._too_large(headers)
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
         if not self.access.knows_token(_cookie(headers, self.access.cookie)):
             if self.access.knows_token(bearer):
@@ -235,7 +241,10 @@ def _cookie(headers: Headers, name: str) -> str:
 
 def refuse(status: int, what: str, fix: str = "") -> JSONResponse:
     """Return an error as data, in the form of a `ConvlensError`."""
-    return JSONResponse({"error": what, "where": "", "fix": fix}, status_code=status)
+    headers = {"Retry-After": str(RETRY_SECONDS)} if status == 503 else None
+    return JSONResponse(
+        {"error": what, "where": "", "fix": fix}, status_code=status, headers=headers
+    )
 
 
 def is_loopback(host: str) -> bool:

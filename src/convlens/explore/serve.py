@@ -14,8 +14,6 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from convlens.explore.security import Access, Guard, Limits, refuse
-from convlens.explore.server import check_host, listen, run_server, url_of
 from python_multipart.exceptions import FormParserError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -28,6 +26,8 @@ from starlette.routing import Route
 from convlens.errors import ConvlensError
 from convlens.explore import openapi, security, web
 from convlens.explore.batching import Batcher, Room
+from convlens.explore.security import Access, Guard, Limits, refuse
+from convlens.explore.server import check_host, listen, run_server, url_of
 from convlens.utils.console import print_status
 
 if TYPE_CHECKING:  # these import torch

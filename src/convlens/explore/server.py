@@ -267,7 +267,7 @@ def explore(
         ResourceError: the port is in use.
     """
     check_host(host, allow_remote, token)
-    with started_jobs() as jobs, _listen(host, port) as listening:
+    with started_jobs() as jobs, listen(host, port) as listening:
         workspace = Workspace(runs, jobs, device)
         if not workspace.run_ids():
             raise UsageError(
@@ -280,7 +280,7 @@ def explore(
             addresses=not security.is_loopback(host),
             cookie=f"convlens-{port}",
         )
-        url = f"http://{_host_in_url(host)}:{port}/?token={access.token}"
+        url = f"{url_of(host, port)}/?token={access.token}"
         sys.stdout.write(url + "\n")
         sys.stdout.flush()
         if open_browser:
@@ -288,8 +288,14 @@ def explore(
         run_server(make_app(workspace, access), listening)
 
 
-def run_server(app: Starlette, listening: socket.socket) -> None:
-    """Run an application on a socket until it is asked to stop."""
+def run_server(
+    app: Starlette, listening: socket.socket, shutdown_seconds: int = SHUTDOWN_SECONDS
+) -> None:
+    """Run an application on a socket until it is asked to stop.
+
+    Args:
+        shutdown_seconds: until requests that are being answered are cut off.
+    """
     config = uvicorn.Config(
         app,
         http=ImpatientProtocol,
@@ -297,15 +303,23 @@ def run_server(app: Starlette, listening: socket.socket) -> None:
         log_level=logging.WARNING,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        timeout_graceful_shutdown=shutdown_seconds,
         h11_max_incomplete_event_size=64 << 10,
         limit_concurrency=256,
     )
     ExploreServer(config).run(sockets=[listening])
 
 
-def check_host(host: str, allow_remote: bool, token: str | None) -> None:
+def check_host(
+    host: str,
+    allow_remote: bool,
+    token: str | None,
+    use: str = "use the page, see the images and correct labels",
+) -> None:
     """Check that a server which other machines can reach was asked for.
+
+    Args:
+        use: what other people could do, for the error message.
 
     Raises:
         UsageError: it was not, or it has no token of its own.
@@ -314,8 +328,8 @@ def check_host(host: str, allow_remote: bool, token: str | None) -> None:
         return
     if not allow_remote:
         raise UsageError(
-            f"--host {host}: everybody in this network could use the page, see the images and "
-            "correct labels; the connection is not encrypted",
+            f"--host {host}: everybody in this network could {use}; the connection is not "
+            "encrypted",
             fix="leave it out and use `ssh -L`, or add --allow-remote and --token TOKEN",
         )
     if not token or len(token) < 12:
@@ -326,7 +340,7 @@ def check_host(host: str, allow_remote: bool, token: str | None) -> None:
 
 
 @contextlib.contextmanager
-def _listen(host: str, port: int) -> Iterator[socket.socket]:
+def listen(host: str, port: int) -> Iterator[socket.socket]:
     """Yield a socket that listens on an address.
 
     Raises:
@@ -346,7 +360,7 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
         yield listening
 
 
-def _host_in_url(host: str) -> str:
-    if host in ("0.0.0.0", "::"):
-        return socket.gethostname()
-    return f"[{host}]" if ":" in host else host
+def url_of(host: str, port: int) -> str:
+    """Return the URL of a server that listens on an address."""
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
