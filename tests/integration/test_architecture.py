@@ -23,7 +23,7 @@ ROOT = Path(convlens.__file__).parent
 
 # A module imports only from its own level or lower ones. A package counts as one entry.
 LEVELS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "version"),
+    0: ("errors", "version", "predict_onnx"),
     1: ("utils", "metrics", "models", "uncertainty", "run_folders"),
     2: ("recipe", "device", "distributed", "plots"),
     3: ("data", "optim", "serialization", "runtime"),

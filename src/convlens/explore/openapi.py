@@ -48,7 +48,9 @@ ERRORS = {
 }
 
 
-def describe(run: str, classes: Sequence[str], *, needs_token: bool, max_images: int) -> Schema:
+def describe_service(
+    run: str, classes: Sequence[str], *, needs_token: bool, max_images: int
+) -> Schema:
     """Return the OpenAPI 3.1 description of a server.
 
     Args:

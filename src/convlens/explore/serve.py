@@ -41,8 +41,10 @@ MAX_PIXELS = 1 << 25  # of an image, unless the caller or the training has anoth
 MAX_IMAGES = 64  # in a request
 MAX_WAITING_IMAGES = 256
 MAX_WAITING_BYTES = 256 << 20  # of all bodies together
-LIMITS = Limits(body_bytes=32 << 20, body_seconds=30.0, requests=512)
-SHUTDOWN_SECONDS = 35  # until requests that are being answered are cut off; above `body_seconds`
+MAX_BODY_BYTES = 32 << 20
+BODY_SECONDS = 30.0  # until a body has arrived
+MAX_REQUESTS = 512  # at the same time; images and bytes are limited below that
+SHUTDOWN_SECONDS = 35  # until requests that are being answered are cut off; above `BODY_SECONDS`
 WARM_UP_BATCH = 8
 OPEN_PATHS = frozenset({"/healthz"})
 
@@ -66,8 +68,11 @@ class Service:
     body_bytes: Room = field(default_factory=lambda: Room(MAX_WAITING_BYTES, "bytes"))
 
 
-def make_app(service: Service, access: Access, limits: Limits = LIMITS) -> Starlette:
+def make_service_app(
+    service: Service, access: Access, body_seconds: float = BODY_SECONDS
+) -> Starlette:
     """Return the application: the routes of a service behind the guard."""
+    limits = Limits(MAX_BODY_BYTES, body_seconds, MAX_REQUESTS)
     app = Starlette(
         routes=[
             Route("/predict", _predict, methods=["POST"]),
@@ -131,7 +136,7 @@ def _single(content: bytes) -> InputImage:
 class _InMemoryParser(MultiPartParser):
     """A parser that writes no temporary files; the body is in memory anyway."""
 
-    spool_max_size = LIMITS.body_bytes + 1
+    spool_max_size = MAX_BODY_BYTES + 1
 
 
 async def _split(request: Request, content: bytes) -> list[InputImage]:
@@ -243,7 +248,7 @@ def serve(
             print_status(f"{service.name} is ready: POST images to {url}/predict; Ctrl-C ends it")
             sys.stdout.write(url + "\n")
             sys.stdout.flush()
-            run_server(make_app(service, access), listening, SHUTDOWN_SECONDS)
+            run_server(make_service_app(service, access), listening, SHUTDOWN_SECONDS)
 
 
 def open_service(
@@ -284,7 +289,7 @@ def open_service(
         sets=promises.coverage is not None,
         unlike=loaded.calibration.detector is not None,
     )
-    description = openapi.describe(
+    description = openapi.describe_service(
         run_dir.name, predictor.classes, needs_token=needs_token, max_images=MAX_IMAGES
     )
     return Service(run_dir.name, batcher, columns, description)

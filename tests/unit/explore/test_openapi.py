@@ -14,14 +14,16 @@ from convlens.prediction import Prediction, PredictionColumns
 
 @pytest.mark.parametrize("needs_token", [False, True])
 def test_description_is_valid(needs_token: bool) -> None:
-    description = openapi.describe("run", ["a", "b"], needs_token=needs_token, max_images=64)
+    description = openapi.describe_service(
+        "run", ["a", "b"], needs_token=needs_token, max_images=64
+    )
     validate(description)
     assert ("security" in description) == needs_token
     assert description["paths"]["/healthz"]["get"]["security"] == []
 
 
 def answer_schema() -> dict[str, Any]:
-    description = openapi.describe("run", ["a", "b"], needs_token=False, max_images=64)
+    description = openapi.describe_service("run", ["a", "b"], needs_token=False, max_images=64)
     return {"$ref": "#/components/schemas/Predictions", "components": description["components"]}
 
 

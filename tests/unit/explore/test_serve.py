@@ -28,8 +28,8 @@ from starlette.testclient import TestClient
 
 from convlens import model_export
 from convlens.explore.batching import Room
-from convlens.explore.security import Access, Limits
-from convlens.explore.serve import LIMITS, MAX_IMAGES, make_app, open_service
+from convlens.explore.security import Access
+from convlens.explore.serve import MAX_BODY_BYTES, MAX_IMAGES, make_service_app, open_service
 from helpers.commands import DIGITS, brightness_model, here
 from helpers.paths import REPOSITORY
 from helpers.serving_models import multipart, png, running_service
@@ -98,7 +98,7 @@ def test_answers_are_those_of_predict(kind: str, tmp_path: Path) -> None:
     files["text.png"] = b"text"
     expected = here("predict", model, *files, "--json", "--top", "3").json["predictions"]
     opened = open_service(model, top_k=3, device="cpu")
-    with opened.batcher, TestClient(make_app(opened, Access(""))) as client:
+    with opened.batcher, TestClient(make_service_app(opened, Access(""))) as client:
         client.base_url = "http://127.0.0.1"  # type: ignore[assignment]
         several = client.post("/predict", files=[("x", (name, c)) for name, c in files.items()])
         single = client.post("/predict", content=files["90.png"])
@@ -222,7 +222,7 @@ def test_multipart_bodies_that_are_damaged_or_too_many_are_refused(service: str)
 def test_bodies_without_a_length_are_accepted_up_to_the_limit(service: str) -> None:
     status, answer = ask(service, iter([png(220)[:50], png(220)[50:]]))  # sent in chunks
     assert (status, answer["predictions"][0]["label"]) == (200, "light")
-    size = LIMITS.body_bytes // 8
+    size = MAX_BODY_BYTES // 8
     status, answer = ask(service, (bytes(size) for _ in range(9)))
     assert (status, answer["error"]) == (413, "the body has more than 32 MB")
 
@@ -271,7 +271,7 @@ def test_other_paths_and_methods_are_refused(service: str) -> None:
 def test_too_much_work_is_refused_and_accepted_later(tmp_path: Path) -> None:
     service = open_service(brightness_model(tmp_path / "bright"), device="cpu")
     service.images, service.body_bytes = Room(2, "images"), Room(3000, "bytes")
-    with service.batcher, TestClient(make_app(service, Access(""))) as client:
+    with service.batcher, TestClient(make_service_app(service, Access(""))) as client:
         client.base_url = "http://127.0.0.1"  # type: ignore[assignment]
         small = png(30, width=2, height=2)
         full = client.post("/predict", files=[("x", ("a.png", small))] * 3)
@@ -286,7 +286,7 @@ def test_too_much_work_is_refused_and_accepted_later(tmp_path: Path) -> None:
 
 def test_slow_bodies_are_cut_off(tmp_path: Path) -> None:
     service = open_service(brightness_model(tmp_path / "bright"), device="cpu")
-    app = make_app(service, Access(""), Limits(body_seconds=0.05))
+    app = make_service_app(service, Access(""), body_seconds=0.05)
     sent: list[dict[str, Any]] = []
     scope = {
         "type": "http",
