@@ -18,6 +18,7 @@ from tables.speed import (
     overhead,
     processes,
     scaling,
+    serve,
     startup,
     time_to_99,
 )
@@ -48,6 +49,7 @@ SECTIONS = {
     "overhead": overhead,
     "allocator": allocator,
     "inference": inference,
+    "serve": serve,
     "processes": processes,
     "startup": startup,
     "scaling": scaling,

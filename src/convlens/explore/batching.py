@@ -1,14 +1,18 @@
 """Dynamic batching: images of many requests are classified together.
 
 A pool of threads decodes images. One thread runs the network on all images that are ready, up to a
-maximum. It never waits for a batch to become full: while it computes, the next images arrive. So a
-single image is answered at once, and under load the batches grow by themselves.
+maximum. While it computes, the next images arrive, so batches grow by themselves under load. It
+does not wait for a batch to become full. But clients that have just been answered often send their
+next image at once, and without a short pause they would be split for good into groups that take
+turns. So after a batch of k images it waits for k more, for a tenth of the time of that batch at
+most. A single client never waits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +26,9 @@ if TYPE_CHECKING:  # these import torch
     from convlens.uncertainty.promises import Promises
 
 MAX_BATCH = 32  # images that the network classifies at once
+# Longest pause before the next batch, as a share of the time of the last one. With a ResNet-18 at
+# 224 px and 8 clients a batch of 8 takes 10% less time per image than two batches of 4.
+PAUSE_SHARE = 0.1
 
 
 class Busy(ResourceError):  # noqa: N818
@@ -125,7 +132,10 @@ class Batcher:
             self._changed.notify()
 
     def _run(self) -> None:
-        while batch := self._next_batch():
+        pause = 0.0
+        batch: list[tuple[InputEntry, Future[Prediction]]] = []
+        while batch := self._next_batch(len(batch), pause):
+            start = time.perf_counter()
             entries, futures = zip(*batch, strict=True)
             try:
                 predictions = self._predictor.predict_entries(
@@ -137,10 +147,20 @@ class Batcher:
             else:
                 for future, prediction in zip(futures, predictions, strict=True):
                     future.set_result(prediction)
+            pause = PAUSE_SHARE * (time.perf_counter() - start)
 
-    def _next_batch(self) -> list[tuple[InputEntry, Future[Prediction]]]:
-        """Wait for images and return them; none after the end."""
+    def _next_batch(
+        self, expected: int, pause: float
+    ) -> list[tuple[InputEntry, Future[Prediction]]]:
+        """Wait for images and return them; none after the end.
+
+        Args:
+            expected: images that probably follow at once, as many as have just been answered.
+            pause: seconds to wait for them.
+        """
         with self._changed:
+            enough = min(len(self._ready) + expected, self._max_batch)
+            self._changed.wait_for(lambda: len(self._ready) >= enough or self._closed, pause)
             self._changed.wait_for(lambda: self._ready or self._closed)
             count = min(len(self._ready), self._max_batch)
             return [self._ready.popleft() for _ in range(count)]
