@@ -87,6 +87,7 @@ async def describe_run(request: Request) -> JSONResponse:
             "channels": pre.channels,
             # Digits of MNIST are light on black, those of a scanner dark on white.
             "dark": sum(pre.mean) / len(pre.mean) < 0.5,
+            "mean_color": _mean_color(opened).tolist() * (3 if pre.channels == 1 else 1),
             "calibrated": loaded.calibration.temperature != 1,
             "promises": _possible_promises(loaded.calibration),
             "device": opened.predictor.device,
@@ -357,16 +358,22 @@ def _decode_mask(text: str, shape: Sequence[int]) -> np.ndarray:
 
 
 def _hide(pixels: np.ndarray, mask: np.ndarray, opened: OpenedRun) -> np.ndarray:
-    """Return the image with the mean color of the training images where the mask is set.
+    """Return the image with the mean color of the training images where the mask is set."""
+    import numpy as np
 
-    It is what occlusion maps use, since it is 0 after normalization.
+    hidden: np.ndarray = np.where(mask[None], _mean_color(opened)[:, None, None], pixels)
+    return hidden
+
+
+def _mean_color(opened: OpenedRun) -> np.ndarray:
+    """Return the mean color of the training images, uint8 `[C]`.
+
+    Occlusion maps use it, too, since it is 0 after normalization.
     """
     import numpy as np
 
     mean = np.array(opened.subject.loaded.preprocessing.mean)
-    color = np.clip(np.round(mean * 255), 0, 255).astype(np.uint8)
-    hidden: np.ndarray = np.where(mask[None], color[:, None, None], pixels)
-    return hidden
+    return np.clip(np.round(mean * 255), 0, 255).astype(np.uint8)
 
 
 class HeatMapBody(ImageBody):
