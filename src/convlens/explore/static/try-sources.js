@@ -104,7 +104,9 @@ export function webcam(onBlob) {
 
 // -- drawing
 
-export function drawing(onBlob, isDark) {
+// `getFacts` returns what is known of the model: whether its images are dark, and their size.
+export function drawing(onBlob, getFacts) {
+  const isDark = () => getFacts()?.dark ?? true;
   const canvas = find("canvas"), context = canvas.getContext("2d", { willReadFrequently: true });
   const side = canvas.width;
   let drawn = false, isSending = false, pending = null;
@@ -160,7 +162,7 @@ export function drawing(onBlob, isDark) {
   const draw = (event) => {
     const [x, y] = point(event);
     context.strokeStyle = isDark() ? "#fff" : "#000";
-    Object.assign(context, { lineWidth: side / 12, lineCap: "round", lineJoin: "round" });
+    Object.assign(context, { lineWidth: Math.max(side / 12, (1.5 * side) / (getFacts()?.size || side)), lineCap: "round", lineJoin: "round" });
     context.beginPath();
     context.moveTo(...(last || [x, y]));
     context.lineTo(x, y);

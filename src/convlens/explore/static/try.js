@@ -68,7 +68,7 @@ const firstFacts = () => views[0].facts;
 listenToFiles((file) => setFile(file));
 const sources = {
   webcam: webcam(setFile),
-  draw: drawing(setFile, () => firstFacts()?.dark ?? true),
+  draw: drawing(setFile, firstFacts),
   choose: chooser(() => runs.first.value, () => firstFacts().classes, (chosen) => setImage(chosen)),
 };
 listenToPanels(sources);
