@@ -205,26 +205,29 @@ class WorkQueue:
 
 
 class Jobs:
-    """The two queues of the server.
+    """The queues of the server.
 
     Attributes:
         quick: what somebody is waiting for: predictions, heat maps, the brush.
+        data: reading images of a data set, without a network.
         long: work over many images. It pauses at its next step while quick work is to be done,
             since both need the same cores.
     """
 
     def __init__(self) -> None:
         self.quick = WorkQueue("convlens-quick")
+        self.data = WorkQueue("convlens-data")
         self.long = WorkQueue(
             "convlens-long", before_step=lambda: self.quick.wait_until_idle(YIELD_SECONDS)
         )
 
     def find(self, job_id: str) -> Job | None:
-        return self.quick.find(job_id) or self.long.find(job_id)
+        queues = (self.quick, self.data, self.long)
+        return next((job for queue in queues if (job := queue.find(job_id))), None)
 
     def close(self) -> None:
-        self.quick.close()
-        self.long.close()
+        for queue in (self.quick, self.data, self.long):
+            queue.close()
 
 
 async def result_of(job: Job) -> Any:

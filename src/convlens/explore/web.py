@@ -20,7 +20,7 @@ from convlens.errors import (
 )
 from convlens.explore.jobs import Job, JobCancelled, WorkQueue, result_of
 from convlens.explore.security import refuse
-from convlens.explore.workspace import Workspace
+from convlens.explore.workspace import OpenedRun, Workspace
 
 MAX_JSON_BYTES = 1 << 20
 STATUS_OF_ERROR: dict[type[ConvlensError], int] = {
@@ -90,6 +90,15 @@ async def compute(
     """
     job = workspace_of(request).jobs.quick.submit(function, key, title)
     return answer(await result_of(job))
+
+
+async def open_run(request: Request, run: str) -> OpenedRun:
+    """Return the opened model of a run, without blocking the server while it is loaded."""
+    workspace = workspace_of(request)
+    opened: OpenedRun = await result_of(
+        workspace.jobs.quick.submit(lambda job: workspace.open(run))
+    )
+    return opened
 
 
 def start(queue: WorkQueue, function: Callable[[Job], Any], key: str, title: str) -> Job:

@@ -21,11 +21,12 @@ from convlens.explore.jobs import Jobs
 from convlens.run_folders import MODELS_DIR, is_run_folder, run_folders
 
 if TYPE_CHECKING:
+    from convlens.data.dataset import Data, Split
     from convlens.interpret.inputs import InspectedModel
     from convlens.prediction import Predictor
 
 MAX_OPEN_RUNS = 4
-MAX_IMAGES = 64  # that the server keeps; the oldest are dropped
+MAX_IMAGES = 1024  # that the server keeps; the oldest are dropped
 MAX_IMAGE_BYTES = 256 << 20  # of all of them
 
 
@@ -36,7 +37,8 @@ class OpenedRun:
     Attributes:
         subject: the network, for quick work.
         predictor: classifies images with it.
-        results: what was computed from it, by name (`Workspace.remember`).
+        results: what was computed for it and is kept, by the key of the job.
+        test_is_open: whether its test split has been opened, and this use logged.
     """
 
     id: str
@@ -44,7 +46,9 @@ class OpenedRun:
     predictor: Predictor
     file_state: tuple[int, int]
     results: dict[str, Any] = field(default_factory=dict)
+    test_is_open: bool = False
     _for_long_work: InspectedModel | None = None
+    _data_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def subject_for_long_work(self) -> InspectedModel:
@@ -58,8 +62,46 @@ class OpenedRun:
             self._for_long_work = type(self.subject)(
                 self.subject.name, loaded, self.subject.plan, self.subject.run_dir
             )
-            self._for_long_work.data = self.subject.data
         return self._for_long_work
+
+    def data(self) -> Data:
+        """Return the data set of the run; only jobs of `jobs.data` and `jobs.long` may call this.
+
+        Raises:
+            DataError: the images have changed or moved.
+        """
+        with self._data_lock:
+            return self.subject.data
+
+    def split(self, name: str) -> Split:
+        """Return a split of the run's data; see `data` for who may call this.
+
+        Raises:
+            UsageError: the test split is sealed.
+            DataError: the images have changed or moved, or there is no such split.
+        """
+        if name == "test" and not self.test_is_open:
+            raise UsageError("the test split is sealed", fix="open it first")
+        with self._data_lock:
+            return self.subject.split(name)
+
+    def test_uses(self) -> int:
+        """Return how often the test split of the run has been used."""
+        from convlens import evaluation
+
+        run_dir = self.subject.run_dir
+        return 0 if run_dir is None else evaluation.count_test_uses(run_dir, self.subject.loaded)
+
+    def open_test_split(self) -> None:
+        """Open the test split because somebody asked for it, and log this as one use.
+
+        What the page shows of it from now on is part of this use, until the model is opened again.
+        """
+        with self._data_lock:
+            if not self.test_is_open:
+                self.subject.split("test")
+                self.subject.log_test_use("explore")
+                self.test_is_open = True
 
 
 @dataclass(frozen=True)

@@ -316,24 +316,76 @@ def nearest_neighbors(
         similarity, numbers = _search(subject, train, directions, pictures, min(count, len(train)))
     found = []
     for row, (picture, pred) in enumerate(zip(pictures, preds, strict=True)):
-        neighbors = tuple(
-            Neighbor(
-                id=str(train.ids[number]),
-                number=number,
-                label=subject.classes[int(train.labels[number])],
-                distance=max(0.0, 1 - cosine),
-                same=_describe_equality(
-                    picture.pixels, train.rows.gather(torch.tensor([number]))[0]
-                ),
-            )
-            for cosine, number in zip(similarity[row].tolist(), numbers[row].tolist(), strict=True)
-            if number != NO_NEIGHBOR
-        )
+        neighbors = _describe_neighbors(subject, train, picture, similarity[row], numbers[row])
         label = None if picture.label is None else subject.classes[picture.label]
         found.append(NearestImages(picture.name, label, subject.classes[pred], neighbors))
     report = NeighborReport(subject.name, len(train), tuple(found), folder / "nearest.png")
     _draw_neighbors(report, queries, train)
     return report
+
+
+def _describe_neighbors(
+    subject: InspectedModel, train: Split, picture: Picture, similarity: Tensor, numbers: Tensor
+) -> tuple[Neighbor, ...]:
+    """Return the training images with these numbers as neighbors of a picture."""
+    return tuple(
+        Neighbor(
+            id=str(train.ids[number]),
+            number=number,
+            label=subject.classes[int(train.labels[number])],
+            distance=max(0.0, 1 - cosine),
+            same=_describe_equality(picture.pixels, train.rows.gather(torch.tensor([number]))[0]),
+        )
+        for cosine, number in zip(similarity.tolist(), numbers.tolist(), strict=True)
+        if number != NO_NEIGHBOR
+    )
+
+
+@dataclass(frozen=True)
+class FeatureIndex:
+    """Penultimate features of training images, kept to search them for many images.
+
+    Attributes:
+        train: the training split.
+        numbers: of the indexed images in that split, int64 `[N]`, ascending.
+        directions: their features divided by their lengths, float32 `[N, D]`.
+    """
+
+    train: Split
+    numbers: Tensor
+    directions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def index_features(
+    subject: InspectedModel, train: Split, max_images: int, *, seed: int = 0
+) -> FeatureIndex:
+    """Compute the features of the training images, or of a seeded sample if there are more."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    numbers = order[:max_images].sort().values
+    directions = []
+    batches = (train.rows.gather(index) for index in numbers.split(FEATURE_BATCH))
+    with progress_bar(f"{subject.name}: training images", len(numbers)) as bar:
+        for outputs in penultimate_features(subject, batches):
+            directions.append(F.normalize(outputs.features))
+            bar.advance(len(outputs.features))
+    return FeatureIndex(train, numbers, torch.cat(directions))
+
+
+def nearest_in_index(
+    subject: InspectedModel, index: FeatureIndex, picture: Picture, count: int = 5
+) -> tuple[Neighbor, ...]:
+    """Return the indexed images nearest to a picture, as `nearest_neighbors` finds them."""
+    (outputs,) = penultimate_features(subject, [picture.pixels[None]])
+    cosine = index.directions @ F.normalize(outputs.features)[0]
+    if picture.id is not None:
+        is_itself = [str(index.train.ids[number]) == picture.id for number in index.numbers]
+        cosine[torch.tensor(is_itself)] = EXCLUDED
+    best = cosine.argsort(descending=True, stable=True)[:count]
+    best = best[cosine[best] > EXCLUDED]
+    return _describe_neighbors(subject, index.train, picture, cosine[best], index.numbers[best])
 
 
 def _search(
