@@ -87,7 +87,9 @@ def read_image(path: str | Path, preprocessing: dict[str, Any]) -> np.ndarray:
         values = None if value_range is None else read_deep(image, path)
         image.load()
         orientation = read_orientation(image)  # now, since Pillow turns TIFF when it loads
-        source = image if values is None else scale_deep(values, value_range)
+        source = image
+        if value_range is not None and values is not None:
+            source = scale_deep(values, value_range)
         if orientation in UPRIGHT:
             source = source.transpose(UPRIGHT[orientation])
         background = preprocessing.get("background", "white")
@@ -127,7 +129,7 @@ def read_deep(image: Any, path: str | Path) -> np.ndarray | None:
     """Return the values of an image with more than 8 bits per value; None for other images."""
     arguments = image.tile[0][3] if image.tile else None
     encoding = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
-    if str(encoding).partition(";")[0] in ("RGB", "RGBA") and ";16" in str(encoding):
+    if isinstance(encoding, str) and encoding.startswith(("RGB;16", "RGBA;16")):
         return read_deep_color(image, encoding, path)
     if not (image.mode == "F" or image.mode.startswith("I")):
         return None
