@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from convlens import model_export, prediction, run as runs
 from convlens.data.decode import decode
-from helpers.commands import brightness_model
+from convlens.errors import ModelFileError
+from helpers.commands import brightness_model, sided_model
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -182,3 +184,38 @@ def test_program_asks_which_model_to_use(tmp_path: Path) -> None:
         done.stderr
         == "error: choose the model with --model FILE (beside this script: a.onnx, b.onnx)\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "file"),
+    [
+        ("Resampling.BILINEAR", "Resampling.NEAREST", r"\S+: a probability differs"),
+        ("if orientation in UPRIGHT:", "if False:", "rotated.jpg"),
+        ("// 257", "// 514", "16-bit.png"),
+        ("scaled = scaled * 255", "scaled = scaled * 128", "float.tiff"),
+        ("opaque.alpha_composite(image)", "pass", "transparent.png"),
+        ('json.loads(metadata["classes"])', 'json.loads(metadata["classes"])[::-1]', "color.png"),
+        ("classifier = ", "1 / 0; classifier = ", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_export_finds_mistakes_in_the_program(
+    sided: tuple[bytes, Any, Any], right: str, wrong: str, file: str, tmp_path: Path
+) -> None:
+    program = Path(predict_onnx.__file__).read_text("utf-8")
+    assert right in program
+    with pytest.MonkeyPatch.context() as patch:
+        text = program.replace(right, wrong).encode()
+        patch.setattr(model_export, "read_script", lambda: text)
+        with pytest.raises(ModelFileError, match=f"does not reproduce.*: {file}"):
+            model_export.check_script(sided[0], tmp_path / "predict_onnx.py", *sided[1:])
+
+
+@pytest.fixture(scope="module")
+def sided(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Any, Any]:
+    """An exported model that tells left from right, the model itself, and its outputs."""
+    folder = tmp_path_factory.mktemp("sided")
+    (exported,) = model_export.export(sided_model(folder / "sided"))
+    loaded = runs.load_model(folder / "sided" / "model.safetensors")
+    images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
+    reference = model_export.ReferenceOutputs(loaded, images, "noise")
+    return Path(exported.path).read_bytes(), loaded, reference
