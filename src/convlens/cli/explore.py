@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 from convlens.cli.common import Command, DeviceOption, app
-from convlens.errors import UsageError
-from convlens.utils.console import print_status
-
-REQUIRED_PACKAGES = ("starlette", "uvicorn", "python_multipart")
 
 
 @app.command(cls=Command)
@@ -24,7 +19,14 @@ def explore(
         ),
     ] = None,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="N", help="Port; by default a free one.")
+        int,
+        typer.Option(
+            min=0,
+            max=65535,
+            metavar="N",
+            help="Port; by default a free one.",
+            show_default=False,
+        ),
     ] = 0,
     no_open: Annotated[
         bool, typer.Option("--no-open", help="Do not open the page in a browser.")
@@ -45,18 +47,19 @@ def explore(
     ] = None,
     device: DeviceOption = None,
 ) -> None:
-    """Open a page to try, inspect and correct models, on this machine only.
+    """Open a page in the browser that shows what models make of images.
 
-    Prints the URL of the page; Ctrl-C ends it.
+    The page is served on this machine only. Its URL is printed; Ctrl-C ends it.
 
     Examples:
         convlens explore digits
         convlens explore resnet18 resnet18-noaug --port 8000 --no-open
     """
-    check_installed("explore")
+    from convlens import explore as package
+
+    package.check_installed("explore")
     from convlens.explore import server
 
-    print_status("the page is at this URL, on this machine only; Ctrl-C ends it")
     server.explore(
         runs or [],
         port=port,
@@ -66,17 +69,3 @@ def explore(
         open_browser=not no_open,
         device=device,
     )
-
-
-def check_installed(command: str) -> None:
-    """Check that the packages of the extra `explore` are installed.
-
-    Raises:
-        UsageError: they are not; the message has the command that installs them.
-    """
-    missing = [name for name in REQUIRED_PACKAGES if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"{command} needs packages that are not installed: {', '.join(missing)}",
-            fix="pip install 'convlens[explore]'",
-        )

@@ -175,14 +175,16 @@ class WorkQueue:
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
+            result: Any = None
+            error: BaseException | None = None
             try:
                 with console.listen_to_progress(job.progress), console.quiet_mode():
                     result = job.function(job)
-                state, error = "done", None
+                state = "done"
             except JobCancelled as cancelled:
-                result, state, error = None, "cancelled", cancelled
+                state, error = "cancelled", cancelled
             except BaseException as failure:
-                result, state, error = None, "failed", failure
+                state, error = "failed", failure
             with self._changed:
                 self._running = None
                 job.state = state

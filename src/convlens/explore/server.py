@@ -33,6 +33,7 @@ from convlens.explore.security import Access, Guard, Limits
 from convlens.explore.try_image import try_routes
 from convlens.explore.web import answer, workspace_of
 from convlens.explore.workspace import Workspace
+from convlens.utils.console import print_status
 from convlens.version import __version__
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ async def _job(request: Request) -> JSONResponse:
         if isinstance(error, ConvlensError):
             content |= {"error": error.what, "fix": error.fix}
         else:
+            logging.getLogger("uvicorn.error").error("a job failed", exc_info=error)
             content |= {"error": "this failed unexpectedly; the terminal shows why", "fix": ""}
     return answer(content)
 
@@ -281,11 +283,21 @@ def explore(
             cookie=f"convlens-{port}",
         )
         url = f"{url_of(host, port)}/?token={access.token}"
+        print_status(_who_can_see_it(host))
         sys.stdout.write(url + "\n")
         sys.stdout.flush()
         if open_browser:
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         run_server(make_app(workspace, access), listening)
+
+
+def _who_can_see_it(host: str) -> str:
+    if security.is_loopback(host):
+        return "the page is at this URL, for this machine only; Ctrl-C ends it"
+    return (
+        "[yellow]warning:[/] whoever has this URL can use the page from other machines, and the "
+        "connection is not encrypted; Ctrl-C ends it"
+    )
 
 
 def run_server(
@@ -296,18 +308,36 @@ def run_server(
     Args:
         shutdown_seconds: until requests that are being answered are cut off.
     """
-    config = uvicorn.Config(
+    server = ExploreServer(server_config(app, shutdown_seconds))
+    app.state.server = server
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        server.run(sockets=[listening])
+        return
+    # A notebook runs its own event loop in this thread.
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        server.handle_exit(signal.SIGINT, None)
+        thread.join()
+
+
+def server_config(app: Starlette, shutdown_seconds: int = SHUTDOWN_SECONDS) -> uvicorn.Config:
+    """Return the settings of uvicorn."""
+    return uvicorn.Config(
         app,
         http=ImpatientProtocol,
         ws="none",
-        log_level=logging.WARNING,
+        log_level=logging.ERROR,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=shutdown_seconds,
         h11_max_incomplete_event_size=64 << 10,
         limit_concurrency=256,
     )
-    ExploreServer(config).run(sockets=[listening])
 
 
 def check_host(
@@ -354,7 +384,7 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
         except (OSError, OverflowError) as error:
             raise ResourceError(
                 f"cannot listen on {host}:{port}: {getattr(error, 'strerror', '') or error}",
-                fix="leave out --port to use a free one",
+                fix="leave out --port to use a free one, and --host to use this machine",
             ) from error
         listening.listen(128)
         yield listening

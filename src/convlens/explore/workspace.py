@@ -183,6 +183,7 @@ class Workspace:
         path = self.path(run)
         opened = self._opened.get(run)
         if opened is None or opened.file_state != _file_state(path):
+            inputs.check_has_weights(str(path))
             subject = inputs.open_inspected_model(str(path), device=self.device)
             predictor = Predictor(subject.loaded, subject.plan.device)
             opened = OpenedRun(run, subject, predictor, _file_state(path))

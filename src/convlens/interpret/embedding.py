@@ -31,6 +31,7 @@ MIN_EMBEDDED_IMAGES = 4
 MIN_FEATURE_RANGE = 1e-6  # below, normalized features are equal up to rounding
 TSNE_COMPONENTS = 50  # principal components before t-SNE; van der Maaten and Hinton 2008 use 30
 TSNE_PERPLEXITY = 30.0
+MAX_INDEX_BYTES = 1 << 28  # of the features of an index: a network may have 25,000 of them
 NO_NEIGHBOR = -1
 EXCLUDED = -2.0  # below every cosine similarity
 
@@ -362,7 +363,13 @@ class FeatureIndex:
 def index_features(
     subject: InspectedModel, train: Split, max_images: int, *, seed: int = 0
 ) -> FeatureIndex:
-    """Compute the features of the training images, or of a seeded sample if there are more."""
+    """Compute the features of the training images, or of a seeded sample if there are too many.
+
+    Args:
+        max_images: at most so many, and so many that `MAX_INDEX_BYTES` are enough.
+    """
+    (first,) = penultimate_features(subject, [train.rows.gather(torch.tensor([0]))])
+    max_images = min(max_images, MAX_INDEX_BYTES // first.features.nbytes)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     numbers = order[:max_images].sort().values
     directions = []

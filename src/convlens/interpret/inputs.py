@@ -534,7 +534,7 @@ def open_look_inputs(
     subjects = []
     for text in model_arguments:
         _check_position_kind(text)
-        _check_has_weights(text)
+        check_has_weights(text)
         subjects.append(open_inspected_model(text, device=device))
     return LookInputs(
         subjects,
@@ -607,7 +607,8 @@ def _check_position_kind(text: str) -> None:
         )
 
 
-def _check_has_weights(text: str) -> None:
+def check_has_weights(text: str) -> None:
+    """Refuse a run whose training has not written its weights yet."""
     for folder in (run.MODELS_DIR / text, Path(text)):
         if _is_run(folder) and not (folder / "model.safetensors").is_file():
             raise ModelFileError(

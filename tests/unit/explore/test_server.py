@@ -1,18 +1,33 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import re
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from starlette.applications import Starlette
 
 from convlens.errors import ConvlensError, UsageError
-from convlens.explore.server import PARTS, check_host
+from convlens.explore.security import Access, Limits
+from convlens.explore.server import (
+    PARTS,
+    ExploreServer,
+    check_host,
+    make_app,
+    run_server,
+    server_config,
+)
 from helpers.commands import environment
-from helpers.exploring import Page, running_page
+from helpers.exploring import TOKEN, Page, running_page
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
@@ -99,3 +114,87 @@ def test_command_prints_its_url_and_ends_with_ctrl_c(
         base = url.partition("?")[0]
         with opener.open(f"{base}api/runs") as answer:
             assert json.load(answer) == {"runs": ["small"]}
+
+
+@contextlib.contextmanager
+def listening_server(app: Starlette) -> Iterator[tuple[str, int]]:
+    """Run an app in a thread on a real socket; yields its address."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        server = ExploreServer(server_config(app))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            yield listening.getsockname()
+        finally:
+            server.handle_exit(signal.SIGINT, None)
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def ask_by_socket(address: tuple[str, int], sent: bytes) -> bytes:
+    """Send bytes and return the start of the answer; nothing if the connection is closed."""
+    with socket.create_connection(address, timeout=20) as connection:
+        connection.sendall(sent)
+        return connection.recv(4096)
+
+
+def test_hostile_bytes_and_slow_clients_are_cut_off_and_the_server_lives(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convlens.explore.server.HEADER_SECONDS", 0.3)
+    limits = Limits(body_seconds=0.3)
+    app = make_app(page.workspace, Access(TOKEN, cookie="c"), limits)
+    host = b"Host: localhost\r\n"
+    cookie = b"Cookie: c=" + TOKEN.encode() + b"\r\nOrigin: http://localhost\r\n"
+    with listening_server(app) as address:
+        assert ask_by_socket(address, b"") == b""  # says nothing
+        assert ask_by_socket(address, b"GET / HTTP/1.1\r\nHost: loc") == b""  # never ends
+        slow = (
+            b"POST /api/try/images HTTP/1.1\r\n" + host + cookie + b"Content-Length: 9\r\n\r\nabc"
+        )
+        assert ask_by_socket(address, slow).startswith(b"HTTP/1.1 408 ")
+        for hostile, status in (
+            (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100), b"400"),
+            (b"GET / HTTP/9.9\r\n" + host + b"\r\n", b"401"),
+            (b"GET / HTTP/1.1\r\n\r\n", b"400"),
+            (b"GET / HTTP/1.1\r\n" + host + b"A: \x00\r\n\r\n", b"400"),
+            (b"GET http://evil.example/ HTTP/1.1\r\nHost: evil.example\r\n\r\n", b"421"),
+            (b"GET / HTTP/1.1\r\n" + host + b"Connection: close\r\n\r\n", b"401"),
+            (b"TRACE / HTTP/1.1\r\n" + host + cookie + b"Connection: close\r\n\r\n", b"405"),
+            (
+                b"POST / HTTP/1.1\r\n" + host + cookie + b"Content-Length: -1\r\n\r\n",
+                b"400",
+            ),
+            (
+                b"GET /api/try/run HTTP/1.1\r\n"
+                + host
+                + cookie
+                + b"Upgrade: websocket\r\nConnection: close, Upgrade\r\n\r\n",
+                b"405",
+            ),
+        ):
+            answer = ask_by_socket(address, hostile)
+            assert answer.startswith(b"HTTP/1.1 " + status), (hostile[:60], answer[:200])
+            assert b"Traceback" not in answer
+        good = b"GET /try HTTP/1.1\r\n" + host + cookie + b"Connection: close\r\n\r\n"
+        assert ask_by_socket(address, good).startswith(b"HTTP/1.1 200 ")
+
+
+def test_server_runs_beside_the_event_loop_of_a_notebook(page: Page) -> None:
+    app = make_app(page.workspace, Access(TOKEN, cookie="c"))
+
+    async def cell() -> None:
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen()
+            address = listening.getsockname()
+            stop = threading.Timer(0.5, lambda: app.state.server.handle_exit(signal.SIGINT, None))
+            stop.start()
+            run_server(app, listening)
+            stop.join()
+            assert app.state.stopping.is_set()
+            assert address
+
+    asyncio.run(cell())

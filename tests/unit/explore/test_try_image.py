@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from PIL import Image
 from convlens import evaluation
 from convlens.explore import try_image
 from convlens.interpret import activations, attribution, embedding, inputs
-from helpers.exploring import Page
+from helpers.commands import brightness_model
+from helpers.exploring import Page, open_page
 
 
 def png(value: int = 100, size: int = 8, mode: str = "L") -> bytes:
@@ -286,3 +288,41 @@ def test_images_are_only_found_by_ids_of_the_server(page: Page, image: str) -> N
     refused = page.send("/api/try/picture", {"run": "small", "image": image})
     assert refused.status_code == 400
     assert refused.json()["error"] == "the server has no such image"
+
+
+def test_runs_without_weights_or_data_say_so(page: Page) -> None:
+    Path("models/started").mkdir(parents=True)
+    Path("models/started/run.json").write_text('{"status": "training"}')
+    bare = brightness_model(Path("models/bare"))  # its data set does not exist
+    with open_page(["started", "bare"]) as other:
+        refused = other.send("/api/try/run", {"run": "started"})
+        assert refused.status_code == 422
+        assert "weights" in refused.json()["error"]
+        image = other.post("/api/try/images?name=a.png", content=png(mode="RGB"))["image"]
+        body = {"run": "bare", "image": image}
+        assert other.post("/api/try/predict", body)["top"][0]["label"] in ("dark", "light")
+        refused = other.send("/api/try/splits", {"run": "bare"})
+        assert refused.status_code == 422
+        assert "changed since" in refused.json()["error"]
+        job = other.post("/api/try/nearest", body)["job"]
+        other.workspace.jobs.long.wait_until_idle(20)
+        state = other.get(f"/api/jobs/{job}")
+        assert (state["state"], state["error"]) == ("failed", refused.json()["error"])
+    assert bare.model_path.exists()
+
+
+def test_image_of_a_split_is_converted_for_another_run(page: Page, explored: Path) -> None:
+    brightness_model(Path("models/bright"))
+    with open_page([str(explored / "models/small"), "models/bright"]) as other:
+        answer = other.post(
+            "/api/try/choose", {"run": "small", "split": "val", "how": "number", "number": 3}
+        )
+        image = answer["images"][0]["image"]
+        own, foreign = (
+            other.post("/api/try/picture", {"run": run, "image": image})
+            for run in ("small", "bright")
+        )
+        assert (own["channels"], foreign["channels"]) == (1, 3)
+        gray = base64.b64decode(own["pixels"])
+        assert base64.b64decode(foreign["pixels"]) == bytes(v for v in gray for _ in range(3))
+        assert foreign["label"] == own["label"] == answer["images"][0]["label"]

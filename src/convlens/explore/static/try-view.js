@@ -244,6 +244,7 @@ export class View {
 
   async showNearest() {
     const list = this.part("nearest"), note = this.part("nearest-note");
+    if (this.isDeclined) return;
     try {
       let answer = await this.#ask("nearest");
       if (answer.job) {
@@ -257,8 +258,20 @@ export class View {
     } catch (error) {
       if (error.name === "AbortError") throw error;
       list.replaceChildren();
-      note.textContent = error.fix ? `${error.message}: ${error.fix}` : error.message;
+      if (isReplaced(error)) this.#offerNearest(note);
+      else note.textContent = error.fix ? `${error.message}: ${error.fix}` : error.message;
     }
+  }
+
+  // After a cancelled comparison, which the next image would otherwise start again.
+  #offerNearest(note) {
+    this.isDeclined = true;
+    const button = make("button", { type: "button", className: "plain", textContent: "Compare with training images" });
+    button.addEventListener("click", () => {
+      this.isDeclined = false;
+      this.showNearest().catch(showError);
+    });
+    note.replaceChildren(button);
   }
 
   #thumbnail = (image, text) => thumbnail(image, text, () => this.onOpen(image));
@@ -321,7 +334,7 @@ export class View {
       answer = await request("/api/try/top-images", body, { signal });
     }
     const of = answer.searched < answer.of ? ` of ${answer.of.toLocaleString("en")}` : "";
-    note.textContent = `The images that activate it most, of ${answer.searched.toLocaleString("en")}${of} images of the split ${answer.split}.`;
+    note.textContent = `The images that activate it most, of ${answer.searched.toLocaleString("en")}${of} ${answer.split === "val" ? "validation" : "training"} images.`;
     return answer.images.map((image) => this.#thumbnail(image, `peak ${image.peak.toPrecision(3)}`));
   }
 }
