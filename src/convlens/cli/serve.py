@@ -17,7 +17,6 @@ from convlens.cli.common import (
     app,
     parse_share_option,
 )
-from convlens.cli.explore import check_installed
 
 
 @app.command(cls=Command)
@@ -63,7 +62,9 @@ def serve(
         curl -F images=@a.png -F images=@b.png http://127.0.0.1:8000/predict
         convlens serve models/digits/model.onnx --port 9000 --top 3
     """
-    check_installed("serve")
+    from convlens import explore
+
+    explore.check_installed("serve")
     from convlens.explore import serve as service
 
     service.serve(

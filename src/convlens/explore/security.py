@@ -47,12 +47,13 @@ class Access:
 
     Attributes:
         token: what a request has to know; empty if none is needed.
-        names: the host names and addresses by which the server may be addressed; empty for any,
-            if requests have to send the token themselves and no browser does it for them.
+        names: the host names and addresses by which the server may be addressed.
         addresses: also allow all IP addresses, for a server that is open to other machines. They
             are no help for DNS rebinding, which needs a name.
         cookie: name of the cookie with the token. Cookies are shared by all ports of a host, so
             servers on different ports need different names.
+        bearer_only: programs send the token as `Authorization: Bearer TOKEN`. No browser does that
+            by itself, so that any host name is accepted.
         open_paths: what may be requested without a token.
     """
 
@@ -60,12 +61,13 @@ class Access:
     names: frozenset[str] = frozenset(LOOPBACK_NAMES)
     addresses: bool = False
     cookie: str = "convlens"
+    bearer_only: bool = False
     open_paths: frozenset[str] = frozenset()
 
     def allows_host(self, host: str) -> bool:
         """Return whether a `Host` header names this server; the port may be that of a tunnel."""
         name = _host_name(host)
-        if name in self.names or not self.names:
+        if name in self.names or self.bearer_only:
             return True
         return self.addresses and _is_address(name)
 
@@ -151,6 +153,12 @@ class Guard:
         if scope["path"] in self.access.open_paths:
             return self._too_large(headers)
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
+        if self.access.bearer_only:
+            if self.access.knows_token(bearer):
+                return self._too_large(headers)
+            return refuse(
+                401, "the token is missing or wrong", "send it as `Authorization: Bearer TOKEN`"
+            )
         if not self.access.knows_token(_cookie(headers, self.access.cookie)):
             if self.access.knows_token(bearer):
                 return self._too_large(headers)

@@ -240,7 +240,8 @@ def serve(
             token or "",
             # A page of another host can reach this server under a name of its own (DNS rebinding),
             # but does not know the token. With one, any name may be used, e.g. that of a container.
-            frozenset() if token else security.own_names(host),
+            security.own_names(host),
+            bearer_only=bool(token),
             open_paths=OPEN_PATHS,
         )
         with service.batcher:

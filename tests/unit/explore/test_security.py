@@ -192,3 +192,17 @@ def test_two_host_headers_are_refused() -> None:
     scope = post_scope()
     scope["headers"].append((b"host", b"localhost:8000"))
     assert run_guard(scope, body, Limits()) == [421]
+
+
+def test_programs_send_the_token_themselves_and_use_any_host_name() -> None:
+    access = Access(TOKEN, bearer_only=True, open_paths=frozenset({"/open"}))
+    with client(access) as programs:
+        headers = {"host": "classifier:8000"}
+        assert programs.get("/open", headers=headers).status_code == 200
+        for wrong in ({}, {"authorization": "Bearer no"}, {"cookie": f"{access.cookie}={TOKEN}"}):
+            answer = programs.get("/", headers={**headers, **wrong})
+            assert answer.status_code == 401
+            assert "Authorization: Bearer" in answer.json()["fix"]
+        answer = programs.get("/", headers={**headers, "authorization": f"Bearer {TOKEN}"})
+        assert answer.status_code == 200
+        assert programs.get(f"/?token={TOKEN}", headers=headers).status_code == 401
