@@ -64,14 +64,14 @@ def send_raw(url: str, content: bytes, *, wait: bool = True) -> bytes:
     """Send bytes to a server and return what it answers before it closes the connection."""
     host, port = urlsplit(url).netloc.split(":")
     received = b""
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
-        # It may reset the connection before it has read everything.
-        with contextlib.suppress(OSError):
-            connection.sendall(content)
-            if wait:
-                connection.shutdown(socket.SHUT_WR)
-                while part := connection.recv(1 << 16):
-                    received += part
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    # The server may reset the connection before it has read everything.
+    with connection, contextlib.suppress(OSError):
+        connection.sendall(content)
+        if wait:
+            connection.shutdown(socket.SHUT_WR)
+            while part := connection.recv(1 << 16):
+                received += part
     return received
 
 
