@@ -44,7 +44,7 @@ MAX_MAP_SIDE = 64  # pixels of an activation map among others; an enlarged one i
 NEIGHBORS = 6
 MAX_CHOSEN = 48  # images that are offered at once
 # Images that are searched, so that a large network takes seconds or a few minutes on a CPU.
-MAX_TRAINING_IMAGES = 5000  # for the nearest ones
+MAX_TRAINING_IMAGES = 10_000  # for the nearest ones
 MAX_SEARCHED_IMAGES = 1000  # for those that activate a channel most
 
 
@@ -489,25 +489,35 @@ def _check_channel(channel: int, layer: str, count: int) -> None:
 
 
 async def show_nearest(request: Request) -> JSONResponse:
-    """Answer with the nearest training images, or with the job that computes their features."""
+    """Answer with the nearest of the training images whose features are known by now.
+
+    While these are computed, also with the job; after it has been cancelled, those so far are kept.
+    """
     body = await read_json(request, ImageBody)
     workspace = workspace_of(request)
     opened = await web.open_run(request, body.run)
-    key = "nearest"
-    if key not in opened.results:
-
-        def index(job: Job) -> None:
-            from convlens.interpret import embedding
-
-            subject, train = opened.subject_for_long_work, opened.split("train")
-            opened.results[key] = embedding.index_features(subject, train, MAX_TRAINING_IMAGES)
-
+    long, key = workspace.jobs.long, f"nearest-{opened.id}"
+    job = long.running_or_waiting(key)
+    if job is None and "nearest" not in opened.results:
         title = "comparing with training images"
-        job = web.start(workspace.jobs.long, index, f"{key}-{opened.id}", title)
-        return answer({"job": job.id})
-    return await compute(
-        request, lambda job: _nearest(workspace, opened, body), body.key("nearest")
-    )
+        job = long.submit(lambda job: _index_training_images(opened), key, title)
+    found: dict[str, Any] = {"job": job.id if job else None}
+    if "nearest" in opened.results:
+        nearest = workspace.jobs.quick.submit(
+            lambda job: _nearest(workspace, opened, body), body.key("nearest")
+        )
+        found |= await result_of(nearest)
+    return answer(found)
+
+
+def _index_training_images(opened: OpenedRun) -> None:
+    from convlens.interpret import embedding
+
+    def keep(index: embedding.FeatureIndex) -> None:
+        opened.results["nearest"] = index
+
+    subject, train = opened.subject_for_long_work, opened.split("train")
+    keep(embedding.index_features(subject, train, MAX_TRAINING_IMAGES, on_batch=keep))
 
 
 def _nearest(workspace: Workspace, opened: OpenedRun, body: ImageBody) -> dict[str, Any]:

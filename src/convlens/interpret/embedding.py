@@ -31,6 +31,7 @@ MIN_EMBEDDED_IMAGES = 4
 MIN_FEATURE_RANGE = 1e-6  # below, normalized features are equal up to rounding
 TSNE_COMPONENTS = 50  # principal components before t-SNE; van der Maaten and Hinton 2008 use 30
 TSNE_PERPLEXITY = 30.0
+INDEX_BATCH = 64  # images: the first neighbors are found after the first batch
 MAX_INDEX_BYTES = 1 << 28  # of the features of an index: a network may have 25,000 of them
 NO_NEIGHBOR = -1
 EXCLUDED = -2.0  # below every cosine similarity
@@ -348,7 +349,7 @@ class FeatureIndex:
 
     Attributes:
         train: the training split.
-        numbers: of the indexed images in that split, int64 `[N]`, ascending.
+        numbers: of the indexed images in that split, int64 `[N]`.
         directions: their features divided by their lengths, float32 `[N, D]`.
     """
 
@@ -361,24 +362,37 @@ class FeatureIndex:
 
 
 def index_features(
-    subject: InspectedModel, train: Split, max_images: int, *, seed: int = 0
+    subject: InspectedModel,
+    train: Split,
+    max_images: int,
+    *,
+    seed: int = 0,
+    on_batch: Callable[[FeatureIndex], None] = lambda index: None,
 ) -> FeatureIndex:
     """Compute the features of the training images, or of a seeded sample if there are too many.
 
     Args:
         max_images: at most so many, and so many that `MAX_INDEX_BYTES` are enough.
+        on_batch: gets the index of the images so far, which are a random sample at any time.
     """
     (first,) = penultimate_features(subject, [train.rows.gather(torch.tensor([0]))])
     max_images = min(max_images, MAX_INDEX_BYTES // first.features.nbytes)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    numbers = order[:max_images].sort().values
-    directions = []
-    batches = (train.rows.gather(index) for index in numbers.split(FEATURE_BATCH))
-    with progress_bar(f"{subject.name}: training images", len(numbers)) as bar:
-        for outputs in penultimate_features(subject, batches):
-            directions.append(F.normalize(outputs.features))
-            bar.advance(len(outputs.features))
-    return FeatureIndex(train, numbers, torch.cat(directions))
+    # Sorted, so that neighboring images are read from disk together.
+    batches = [numbers.sort().values for numbers in order[:max_images].split(INDEX_BATCH)]
+    index = FeatureIndex(train, order[:0], first.features[:0])
+    with progress_bar(f"{subject.name}: training images", len(order[:max_images])) as bar:
+        images = (train.rows.gather(numbers) for numbers in batches)
+        for numbers, outputs in zip(batches, penultimate_features(subject, images), strict=True):
+            index = FeatureIndex(
+                train,
+                torch.cat([index.numbers, numbers]),
+                torch.cat([index.directions, F.normalize(outputs.features)]),
+            )
+            on_batch(index)
+            bar.advance(len(numbers))
+    by_number = index.numbers.argsort()
+    return FeatureIndex(train, index.numbers[by_number], index.directions[by_number])
 
 
 def nearest_in_index(

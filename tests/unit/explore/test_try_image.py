@@ -12,6 +12,7 @@ from PIL import Image
 
 from convlens import evaluation
 from convlens.explore import try_image
+from convlens.explore.jobs import JobCancelled
 from convlens.interpret import activations, attribution, embedding, inputs
 from helpers.commands import brightness_model
 from helpers.exploring import Page, open_page
@@ -173,10 +174,32 @@ def test_nearest_training_images_are_those_of_the_library(page: Page) -> None:
     )
     assert shown["searched"] == shown["of"] == report.searched
     assert all(each["source"].startswith("data:image/") for each in shown["images"])
+    assert shown["job"] is None
     # A training image is not its own neighbor.
     first = shown["images"][0]
     again = page.post("/api/try/nearest", {"run": "small", "image": first["image"]})
     assert first["name"] not in [each["name"] for each in again["images"]]
+
+
+def test_a_cancelled_comparison_keeps_the_images_so_far(
+    page: Page, explored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_page([str(explored / "models/small")]) as other:
+        opened = other.workspace.open("small")
+        index = embedding.index_features(opened.subject, opened.subject.split("train"), 1000)
+        part = embedding.FeatureIndex(index.train, index.numbers[:9], index.directions[:9])
+
+        def compare(subject: object, train: object, count: int, *, on_batch: Any) -> None:
+            on_batch(part)
+            raise JobCancelled
+
+        monkeypatch.setattr(embedding, "index_features", compare)
+        body = {"run": "small", "image": upload(other)}
+        assert other.post("/api/try/nearest", body)["job"]
+        other.workspace.jobs.long.wait_until_idle(20)
+        answer = other.post("/api/try/nearest", body)
+        assert (answer["job"], answer["searched"], answer["of"]) == (None, 9, len(index.train))
+        assert len(answer["images"]) == 6
 
 
 def test_images_that_activate_a_channel_most(page: Page) -> None:

@@ -143,7 +143,9 @@ def test_index_finds_the_same_neighbors_as_the_complete_search(
     pictures = select_pictures(run, ["val:0", "val:3", "train:5"])
     train = run.split("train")
     slow = nearest_neighbors(run, pictures, 4, folder=OUT, quiet=True)
-    index = index_features(run, train, 10_000)
+    parts: list[int] = []
+    index = index_features(run, train, 10_000, on_batch=lambda part: parts.append(len(part)))
+    assert parts == [min(64 * n, len(train)) for n in range(1, -(-len(train) // 64) + 1)]
     assert index.numbers.tolist() == list(range(len(train)))
     for picture, expected in zip(pictures, slow.found, strict=True):
         found = nearest_in_index(run, index, picture, 4)

@@ -29,11 +29,11 @@ export async function request(path, body, options = {}) {
   return content;
 }
 
-// Wait for long work; `onProgress` gets {state, done, total, text}.
+// Wait for long work; `onProgress` gets {state, done, total, text}, and is waited for.
 export async function finished(job, onProgress = () => {}, signal = undefined) {
   for (;;) {
     const state = await request(`/api/jobs/${job}`, undefined, { signal });
-    onProgress(state);
+    await onProgress(state);
     if (state.state === "done") return state.result;
     if (state.state === "failed") throw new RequestError(422, state);
     if (state.state === "cancelled") throw new RequestError(409, { error: "cancelled" });

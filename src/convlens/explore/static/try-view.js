@@ -246,15 +246,23 @@ export class View {
     const list = this.part("nearest"), note = this.part("nearest-note");
     if (this.isDeclined) return;
     try {
-      let answer = await this.#ask("nearest");
+      let answer = await this.#ask("nearest"), seen = 0;
+      const showImages = () => list.replaceChildren(...(answer.images || []).map((image) =>
+        this.#thumbnail(image, image.same || image.distance.toFixed(3))));
+      showImages();
       if (answer.job) {
-        list.replaceChildren();
-        await waitFor(answer.job, note, this.#abort.signal);
+        // The nearest so far, while more training images are being compared.
+        await waitFor(answer.job, note, this.#abort.signal, async (state) => {
+          if (state.done === seen) return;
+          seen = state.done;
+          answer = await this.#ask("nearest");
+          showImages();
+        }).catch((error) => { if (!isReplaced(error) || error.name === "AbortError" || !answer.images) throw error; });
         answer = await this.#ask("nearest");
+        showImages();
       }
       const of = answer.searched < answer.of ? ` of ${answer.of.toLocaleString("en")}` : "";
       note.textContent = `of ${answer.searched.toLocaleString("en")}${of} training images, by cosine distance of the features before the last layer`;
-      list.replaceChildren(...answer.images.map((image) => this.#thumbnail(image, image.same || image.distance.toFixed(3))));
     } catch (error) {
       if (error.name === "AbortError") throw error;
       list.replaceChildren();
@@ -350,14 +358,15 @@ export function thumbnail(image, text, onClick) {
 }
 
 // Wait for long work; its progress and a button that cancels it are shown in `note`.
-export async function waitFor(job, note, signal) {
+export async function waitFor(job, note, signal, onProgress = () => {}) {
   const bar = make("progress"), words = make("span"), cancel = make("button", { type: "button", className: "plain", textContent: "Cancel" });
   bar.setAttribute("aria-label", "Progress");
   cancel.addEventListener("click", () => request(`/api/jobs/${job}`, undefined, { method: "DELETE" }).catch(showError));
   note.replaceChildren(bar, words, cancel);
-  return finished(job, (state) => {
+  return finished(job, async (state) => {
     words.textContent = state.title + (state.state === "waiting" ? " (waiting)" : "");
     if (state.total) Object.assign(bar, { max: state.total, value: state.done });
+    await onProgress(state);
   }, signal);
 }
 
