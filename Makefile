@@ -81,7 +81,7 @@ define install
 endef
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(call install,[pretrained])
+	$(call install,[pretrained,explore])
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python

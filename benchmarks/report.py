@@ -19,6 +19,7 @@ from tables.speed import (
     overhead,
     processes,
     scaling,
+    serve,
     startup,
     time_to_99,
 )
@@ -50,6 +51,7 @@ SECTIONS = {
     "allocator": allocator,
     "depthwise": depthwise,
     "inference": inference,
+    "serve": serve,
     "processes": processes,
     "startup": startup,
     "scaling": scaling,

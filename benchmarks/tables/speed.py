@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from tables.words import where
@@ -224,3 +225,35 @@ def processes(r: dict[str, Any]) -> str:
             f"{c['faster_than_one_thread_by']:.2f} |"
         )
     return "\n".join([*lines, "", where(r), ""])
+
+
+def serve(r: dict[str, Any]) -> str:
+    ratios = [pair["ratio"] for pair in r["pairs"]]
+    alone = statistics.median(pair["one_process"] for pair in r["pairs"])
+    long, times = r["endurance"], r["milliseconds"]
+    memory = long["memory_mb"]
+    errors = len(long["errors"]) or "no"
+    return "\n".join(
+        [
+            "## Serving",
+            "",
+            f"`convlens serve` with a ResNet-18 at 224 px and {r['clients']} clients on the same "
+            "cores, each of which sends a JPEG photograph and waits for the answer; and decoding "
+            "and bare forward passes of the same files in one process, in the fastest of several "
+            "batch sizes and both memory formats. Windows take turns.",
+            "",
+            "| serve, images/s | one process | ratio | lowest-highest | p50 ms | p95 ms | p99 ms "
+            "| one client, p50 ms |",
+            "|---|---|---|---|---|---|---|---|",
+            f"| {r['images_per_second']:.1f} | {alone:.1f} | **{r['ratio']:.2f}** | "
+            f"{min(ratios):.2f}-{max(ratios):.2f} | {times['p50']:.0f} | {times['p95']:.0f} | "
+            f"{times['p99']:.0f} | {r['single_milliseconds']['p50']:.0f} |",
+            "",
+            f"{long['requests']:,} requests in {long['seconds']:.0f} s: {errors} errors, p99 "
+            f"{long['milliseconds']['p99']:.0f} ms, memory {memory['early']:.0f} MB after a tenth "
+            f"of the time and {memory['late']:.0f} MB in the last one.",
+            "",
+            where(r),
+            "",
+        ]
+    )

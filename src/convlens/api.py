@@ -253,6 +253,26 @@ class Run(RunHandle):
 
         return build.report(self, **options)
 
+    def explore(
+        self, *, port: int = 0, open_browser: bool = True, device: str | None = None
+    ) -> None:
+        """Serve a page about the run on this machine until Ctrl-C; see `convlens explore`.
+
+        Args:
+            port: 0 for any free one.
+            open_browser: open the page; its URL is printed in any case.
+            device: where the model computes; by default the fastest one.
+
+        Raises:
+            UsageError: the packages of the extra `explore` are not installed.
+        """
+        from convlens import explore
+
+        explore.check_installed("explore")
+        from convlens.explore import server
+
+        server.explore([run_reference(self)], port=port, open_browser=open_browser, device=device)
+
     def diagnose(self, **options: Any) -> Diagnosis:
         """Diagnose overfitting, learning rate, dead layers and more; see `convlens.diagnose`."""
         from convlens.analysis import diagnosis

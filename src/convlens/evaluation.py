@@ -666,6 +666,17 @@ def log_test_use(run_dir: RunDir, loaded: LoadedModel, n: int, command: str) -> 
     return int(entry["looks"])
 
 
+def count_test_uses(run_dir: RunDir, loaded: LoadedModel) -> int:
+    """Return how often the test split of the run has been used so far."""
+    fingerprint = loaded.model_metadata.get("data", {}).get("fingerprint")
+    return sum(
+        entry["split"] == "test"
+        and bool(entry.get("own"))
+        and entry.get("data_fingerprint") == fingerprint
+        for entry in run_dir.evaluation_log()
+    )
+
+
 def sentence(result: Mapping[str, Any]) -> str:
     """Describe a result, an entry of `results.json` or `Evaluation.to_dict()`, in one line.
 

@@ -5,6 +5,9 @@ ONNX is translated from the same program. A file is written only if its outputs 
 convlens. Two programs that compute the same network differ in the last digits, because they add in
 another order; a wrong export (other pixels, another class order, batch norm in training mode)
 differs in the first digit.
+
+Beside an ONNX file, `export` writes `predict_onnx.py`, a program that classifies image files with
+it. It is run on image files of several kinds and has to give the probabilities of convlens.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ import hashlib
 import io
 import json
 import logging
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.testing import assert_allclose
+from PIL import Image
 from torch import Tensor, nn
 
 from convlens import metrics
@@ -45,6 +52,7 @@ from convlens.errors import (
 from convlens.evaluation import check_data, load_own_data
 from convlens.onnx_model import (
     INPUT,
+    ONNX_SUFFIX,
     OUTPUTS,
     OnnxNetwork,
     list_messages,
@@ -52,6 +60,7 @@ from convlens.onnx_model import (
     require,
     serialize,
 )
+from convlens.prediction import iter_predictions
 from convlens.recipe import DataConfig
 from convlens.run import LoadedModel, Preprocessing, RunDir, RunLike, as_run_dir, load_model
 from convlens.utils import files
@@ -67,6 +76,7 @@ BATCH_SIZE = 64
 LOGIT_TOLERANCE = 1e-4
 SOFTMAX_TOLERANCE = 1e-5  # of the probabilities, against the softmax of the same file's logits
 
+SCRIPT = "predict_onnx.py"  # a module of convlens that needs no other one
 METADATA_FILE = "convlens.json"  # among the extra files of a torch.export archive
 OPSET = 18  # torch translates to it without a conversion; runtimes read it since 2023
 FIT_DESCRIPTIONS = {
@@ -108,8 +118,31 @@ class NumericalCheck:
 
 
 @dataclass(frozen=True)
+class ScriptCheck:
+    """Differences between the answers of `predict_onnx.py` and of convlens for image files.
+
+    `tolerance` is absolute; with a larger difference of any probability no file is written.
+    """
+
+    path: str
+    images: int
+    max_probability_difference: float
+    tolerance: float
+
+    def sentence(self) -> str:
+        """Return the result in one line."""
+        return (
+            f"on {self.images} image files (color, grey, 16 bits, float, transparent, rotated), "
+            f"probabilities differ by at most {self.max_probability_difference:.2g}"
+        )
+
+
+@dataclass(frozen=True)
 class Export:
-    """An exported file and the numerical check (`proof`) that it passed."""
+    """An exported file and the numerical check (`proof`) that it passed.
+
+    `script` is the program beside an ONNX file; None for other formats.
+    """
 
     format: str
     path: str
@@ -123,6 +156,7 @@ class Export:
     preprocessing: dict[str, Any]
     proof: NumericalCheck
     versions: dict[str, str]
+    script: ScriptCheck | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -140,7 +174,8 @@ def export(
     """Write a run's model as files for other programs, one for each format.
 
     Each file is run on real images and written only if it reproduces the outputs of convlens;
-    `Export.proof` holds the largest differences.
+    `Export.proof` holds the largest differences. Beside an ONNX file, `predict_onnx.py` classifies
+    image files with it; it needs Pillow, numpy and onnxruntime only.
 
     Args:
         run: a run by name, folder or model file, or a `Run`.
@@ -180,6 +215,8 @@ def export(
             )
         for package in form.packages:
             require(package)  # now, not after minutes of work
+        if form.suffix == ONNX_SUFFIX:
+            _check_script_is_ours(target.with_name(SCRIPT))
     with quiet_mode(quiet):
         loaded = load_model(run_dir.model_path)
         images, source = sample_images(run_dir, loaded, data)
@@ -200,8 +237,13 @@ def write_checked(
     content = form.serialize(program, metadata)
     # These very bytes are loaded and run, as a user of the file would, and then written.
     check = reference.check(form.load(content, str(target)), str(target))
+    script = None
+    if form.suffix == ONNX_SUFFIX:
+        script = check_script(content, target.with_name(SCRIPT), loaded, reference)
     files.remove_stale_temp_files(target.parent, [target.name], alone=False)
     files.write_atomic(target, content)
+    if script is not None:
+        files.write_atomic(Path(script.path), read_script())
     print_status(f"{name}: written and checked")
     shared = ("run", "source_sha256", "classes", "input", "outputs", "preprocessing")
     return Export(
@@ -216,7 +258,112 @@ def write_checked(
             "torch": torch.__version__,
             **{package: str(require(package).__version__) for package in form.packages},
         },
+        script=script,
     )
+
+
+def read_script() -> bytes:
+    """Return the program that classifies image files with an exported ONNX file."""
+    return Path(__file__).with_name(SCRIPT).read_bytes()
+
+
+def _check_script_is_ours(path: Path) -> None:
+    """Refuse to replace a file of the user by `predict_onnx.py`."""
+    if path.exists() and b"`convlens export`" not in path.read_bytes()[:1000]:
+        raise UsageError(
+            "there is a file of this name that convlens has not written",
+            where=str(path),
+            fix="rename it, or choose another folder (--output)",
+        )
+
+
+def check_script(
+    content: bytes, target: Path, loaded: LoadedModel, reference: ReferenceOutputs
+) -> ScriptCheck:
+    """Run `predict_onnx.py` on image files and compare its probabilities with those of convlens.
+
+    Args:
+        content: the ONNX file.
+        target: where the program will be written.
+
+    Raises:
+        ModelFileError: it fails, or probabilities differ by more than the tolerance.
+    """
+
+    def refusal(what: str) -> ModelFileError:
+        return ModelFileError(
+            f"{SCRIPT} does not reproduce the answers of convlens, so no file was written: {what}",
+            where=str(target),
+            fix="please report this as a bug",
+        )
+
+    with tempfile.TemporaryDirectory(prefix="convlens-") as folder:
+        (Path(folder) / SCRIPT).write_bytes(read_script())
+        (Path(folder) / "model.onnx").write_bytes(content)
+        paths = write_sample_files(Path(folder), loaded.preprocessing.image_size, reference.images)
+        options = ["--json", "--top", str(len(loaded.classes))]
+        done = subprocess.run(
+            [sys.executable, str(Path(folder) / SCRIPT), *options, *paths],
+            capture_output=True,
+            encoding="utf-8",
+        )
+        expected = list(
+            iter_predictions(loaded, paths, top_k=len(loaded.classes), device="cpu", quiet=True)
+        )
+    try:
+        answers = json.loads(done.stdout)["predictions"]
+    except (ValueError, KeyError, TypeError) as error:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise refusal(lines[-1][:160]) from error
+    largest = 0.0
+    for prediction, answer in zip(expected, answers, strict=True):
+        name = Path(prediction.filename).name
+        if (prediction.error is None) != ("error" not in answer):
+            raise refusal(f"{name}: {prediction.error or answer['error']}")
+        probs = {entry["label"]: entry["prob"] for entry in answer.get("top", ())}
+        differences = [abs(probs[label] - prob) for label, prob in prediction.top]
+        largest = max(largest, *differences, 0.0)
+        # Probabilities differ by at most half as much as logits.
+        if not largest <= reference.tolerance:
+            raise refusal(f"{name}: a probability differs by {largest:.3g}")
+    return ScriptCheck(str(target), len(paths), largest, reference.tolerance)
+
+
+def write_sample_files(folder: Path, size: int, images: Tensor) -> list[str]:
+    """Write image files of the kinds that are converted in different ways; return their paths.
+
+    Args:
+        size: of the input of the model; the files have other sizes and shapes.
+        images: uint8 `[N, C, S, S]`; the first eight are written as well.
+    """
+    y, x = np.mgrid[0 : 2 * size + 3, 0 : 3 * size + 1]
+    noise = np.random.default_rng(0).integers(0, 60, (*y.shape, 4))
+    waves = np.stack([y / len(y), x / x.shape[1], (x * y % 97) / 97, (x + y) % size / size], 2)
+    values = (195 * waves + noise).astype(np.uint8)
+    grey = values[..., 0]
+    deep = grey.astype(np.uint16) * 256 + values[..., 1]
+    samples: dict[str, Image.Image] = {
+        "color.png": Image.fromarray(values[..., :3]),
+        "tall.bmp": Image.fromarray(np.ascontiguousarray(values[..., :3].transpose(1, 0, 2))),
+        "grey.png": Image.fromarray(grey),
+        "palette.gif": Image.fromarray(values[..., :3]).quantize(64),
+        "transparent.png": Image.fromarray(values),
+        "16-bit.png": Image.fromarray(deep),
+        "float.tiff": Image.fromarray(deep.astype(np.float32) / 65535),
+        # Large enough to be decoded at a reduced scale.
+        "rotated.jpg": Image.fromarray(np.repeat(np.repeat(values[..., :3], 3, 0), 3, 1)),
+    }
+    for number, image in enumerate(images[:SINGLE_IMAGES].permute(0, 2, 3, 1).numpy()):
+        pixels = image[..., 0] if image.shape[2] == 1 else image
+        samples[f"{number}.png"] = Image.fromarray(np.ascontiguousarray(pixels))
+    paths = []
+    for name, sample in samples.items():
+        exif = Image.Exif()
+        if name.startswith("rotated"):
+            exif[0x0112] = 6  # orientation: turn by 90 degrees
+        sample.save(folder / name, exif=exif) if len(exif) else sample.save(folder / name)
+        paths.append(str(folder / name))
+    return paths
 
 
 class ReferenceOutputs:

@@ -102,6 +102,37 @@ class Prediction:
         return notebook.table((self.filename, "probability"), rows)
 
 
+@dataclass(frozen=True)
+class PredictionColumns:
+    """What is shown of each image: `top` classes, and what was requested beside them."""
+
+    top: int
+    tta: bool = False
+    unsure: bool = False
+    sets: bool = False
+    unlike: bool = False
+
+    def to_dict(self, prediction: Prediction) -> dict[str, Any]:
+        """Return a prediction as in the JSON of `convlens predict --json` and `convlens serve`."""
+        entry: dict[str, Any] = {"filename": prediction.filename}
+        if prediction.error is not None:
+            return entry | {"error": prediction.error}
+        entry |= {"label": prediction.label, "prob": prediction.prob}
+        entry["top"] = [{"label": label, "prob": prob} for label, prob in prediction.top]
+        if self.tta:
+            entry |= {"tta_label": prediction.tta_label, "tta_prob": prediction.tta_prob}
+            entry["tta_top"] = [
+                {"label": label, "prob": prob} for label, prob in prediction.tta_top
+            ]
+        if self.unsure:
+            entry["unsure"] = prediction.unsure
+        if self.unlike:
+            entry |= {"unlike": prediction.unlike, "unlike_score": prediction.unlike_score}
+        if self.sets:
+            entry["prediction_set"] = list(prediction.prediction_set or ())
+        return entry
+
+
 def predict(
     run: RunLike,
     inputs: ImageLike | Iterable[ImageLike],
@@ -281,6 +312,49 @@ class Predictor:
         reader.warn()
         return predictions
 
+    def warm_up(self, batch_size: int) -> None:
+        """Run the network on blank images, and choose its memory format by timing.
+
+        For a program that classifies many small batches: the first prediction is as fast as later
+        ones. Other threads must not use the model meanwhile.
+        """
+        pre = self._loaded.preprocessing
+        total = batch_size * inference.MIN_TRIAL_IMAGES
+        shape = (pre.channels, pre.image_size, pre.image_size)
+        images = torch.zeros(1, *shape, dtype=torch.uint8).expand(total, *shape)
+        forward = Forward(
+            self.module,
+            self._normalize,
+            self._plan,
+            total=total,
+            choose_memory_format=self._loaded.can_choose_memory_format,
+        )
+        with self._settings():
+            for outputs in forward.outputs(images):
+                if not forward.is_choosing and len(outputs.logits) >= batch_size:
+                    break
+        self._plan = forward.plan
+
+    def predict_entries(
+        self,
+        entries: Sequence[InputEntry],
+        *,
+        top_k: int = 1,
+        promises: Promises | None = None,
+    ) -> list[Prediction]:
+        """Classify images that an `ImageReader` has read; return one `Prediction` for each."""
+        forward = Forward(
+            self.module,
+            self._normalize,
+            self._plan,
+            total=len(entries),
+            batch_size=self._batch_size,
+            with_features=_uses_features(self._loaded),
+        )
+        k = min(max(top_k, 1), len(self.classes))
+        promises = promises or Promises()
+        return _predict_batch(entries, self._loaded, forward, promises, k, self._settings)
+
     def _settings(self) -> AbstractContextManager[None]:
         """Return the context of a forward pass."""
         # Counting the cores takes a tenth of the time of a small network.
@@ -410,20 +484,33 @@ def _iter_predictions(
     shown = contextlib.nullcontext() if quiet else progress_bar("predicting", count_images(inputs))
     with shown as bar:
         for batch in _read_inputs(inputs, reader):
-            readable = [entry.pixels for entry in batch if entry.pixels is not None]
-            names = [entry.name for entry in batch if entry.pixels is not None]
             # Not around the loop: the caller's code runs between two predictions.
-            with settings():
-                outputs = _run_network(readable, loaded, forward)
-            answers = _answers(outputs, names, k, loaded, promises)
-            for entry in batch:
+            predictions = _predict_batch(batch, loaded, forward, promises, k, settings)
+            for entry, prediction in zip(batch, predictions, strict=True):
                 reader.count(entry)
-                if entry.pixels is None:
-                    yield Prediction(entry.name, error=entry.error)
-                else:
-                    yield next(answers)
+                yield prediction
             if bar is not None:
                 bar.advance(len(batch))
+
+
+def _predict_batch(
+    batch: Sequence[InputEntry],
+    loaded: LoadedModel,
+    forward: Forward,
+    promises: Promises,
+    k: int,
+    settings: Callable[[], AbstractContextManager[None]],
+) -> list[Prediction]:
+    """Return the prediction for each image of a batch; `k` is the number of classes in each."""
+    readable = [entry.pixels for entry in batch if entry.pixels is not None]
+    names = [entry.name for entry in batch if entry.pixels is not None]
+    with settings():
+        outputs = _run_network(readable, loaded, forward)
+    answers = _answers(outputs, names, k, loaded, promises)
+    return [
+        Prediction(entry.name, error=entry.error) if entry.pixels is None else next(answers)
+        for entry in batch
+    ]
 
 
 def _uses_features(loaded: LoadedModel) -> bool:

@@ -52,12 +52,16 @@ from convlens.errors import (
     wrong_type,
 )
 from convlens.recipe import Recipe, load_recipe
+from convlens.run_folders import (
+    MODELS_DIR as MODELS_DIR,
+    PLOTS_DIR as PLOTS_DIR,
+    is_run_folder,
+    run_folders,
+)
 from convlens.serialization import CheckpointStore
 from convlens.uncertainty.calibration import ModelCalibration
 from convlens.utils import files
 
-MODELS_DIR = Path("models")
-PLOTS_DIR = Path("plots")
 RESULTS_LOCK_TIMEOUT_S = 60.0  # the lock on results.json is held for milliseconds
 MAX_NAME_BYTES = 150  # of a run name; file systems allow 255, and file names of plots are longer
 
@@ -468,7 +472,7 @@ def find_run(name: str | Path, models_folder: Path | None = None) -> RunDir:
         run_dir.model_path = path
         return run_dir
     for candidate in (folder / path, path):
-        if any(os.path.isfile(candidate / each) for each in ("model.safetensors", "run.json")):
+        if is_run_folder(candidate):
             return RunDir(candidate)
     text = str(name)
     if "/" in text or "\\" in text or path.suffix in (".safetensors", ".onnx", ".pt", ".pth"):
@@ -506,10 +510,7 @@ def run_reference(run: RunLike) -> str:
 
 def list_runs(models_folder: Path | None = None) -> list[RunDir]:
     """Return all runs in the models folder, ordered by name."""
-    folder = models_folder or MODELS_DIR
-    if not folder.is_dir():
-        return []
-    return [RunDir(p) for p in sorted(folder.iterdir()) if (p / "run.json").is_file()]
+    return [RunDir(path) for path in run_folders(models_folder or MODELS_DIR)]
 
 
 def recorded_data_names(metadata: Mapping[str, Any]) -> list[str]:

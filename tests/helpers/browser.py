@@ -53,6 +53,8 @@ class Browser:
                 "--hide-scrollbars",
                 "--disable-dev-shm-usage",
                 "--force-device-scale-factor=1",
+                "--use-fake-device-for-media-stream",  # a webcam with a moving test pattern
+                "--use-fake-ui-for-media-stream",
             ],
         }
         capabilities = {
@@ -66,8 +68,10 @@ class Browser:
     def close(self) -> None:
         self._call("DELETE", self._session)
 
-    def open(self, page: Path) -> None:
-        self._call("POST", f"{self._session}/url", {"url": page.resolve().as_uri()})
+    def open(self, page: Path | str) -> None:
+        """Open a file or an address."""
+        url = page if isinstance(page, str) else page.resolve().as_uri()
+        self._call("POST", f"{self._session}/url", {"url": url})
 
     def size(self, width: int, height: int, *, dark: bool = False) -> None:
         """Set the viewport in CSS pixels and the color scheme that the system prefers."""
@@ -88,9 +92,45 @@ class Browser:
 
     def click(self, selector: str) -> None:
         """Click in the middle of the element, which must be visible."""
+        self._call("POST", f"{self._element(selector)}/click", {})
+
+    def upload(self, selector: str, path: Path) -> None:
+        """Choose a file in an input of type file."""
+        self._call("POST", f"{self._element(selector)}/value", {"text": str(path.resolve())})
+
+    def drag(self, selector: str, *points: tuple[float, float]) -> None:
+        """Press the mouse on an element and move it; points are shares of its width and height."""
+        left, top, width, height = self.do(
+            "const e = document.querySelector(arguments[0]);"
+            "e.scrollIntoView({block: 'center'});"
+            "const b = e.getBoundingClientRect(); return [b.left, b.top, b.width, b.height]",
+            selector,
+        )
+        moves = [
+            {
+                "type": "pointerMove",
+                "duration": 20,
+                "x": round(left + x * width),
+                "y": round(top + y * height),
+            }
+            for x, y in points
+        ]
+        down, up = {"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}
+        pointer = {"type": "pointer", "id": "mouse", "actions": [moves[0], down, *moves[1:], up]}
+        self._call("POST", f"{self._session}/actions", {"actions": [pointer]})
+
+    def until(self, script: str, *arguments: Any, seconds: float = 60) -> Any:
+        """Run `do` until it returns something true, and return that."""
+        end = time.monotonic() + seconds
+        while not (result := self.do(script, *arguments)):
+            assert time.monotonic() < end, f"never true: {script}; console: {self.console()}"
+            time.sleep(0.02)
+        return result
+
+    def _element(self, selector: str) -> str:
         query = {"using": "css selector", "value": selector}
         element = self._call("POST", f"{self._session}/element", query)[ELEMENT]
-        self._call("POST", f"{self._session}/element/{element}/click", {})
+        return f"{self._session}/element/{element}"
 
     def press(self, *keys: str) -> None:
         """Press keys one after the other, where the focus is."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +223,60 @@ def test_unknown_images_are_compared_by_hand() -> None:
     assert "| digits without 1 class, 2 draws | 90.0 ± 0.00% | classes left out |" in table
     assert "| nearest neighbors | **75.0 ± 0.00%** | 25.0 ± 0.00% | 75.0 ± 0.00% | 5.0" in table
     assert "| confidence | **50.0 ± 0.00%** | 100.0 ± 0.00% | – | – |" in table
+
+
+def test_load_counts_answers_errors_and_latencies() -> None:
+    from serve import Load
+
+    class Answers(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200 if content == b"good" else 415)
+            self.send_header("content-length", "10")
+            self.end_headers()
+            self.wfile.write(b'{"label":1')
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        load = Load(f"127.0.0.1:{server.server_port}", [b"good", b"bad"], clients=2)
+        rate = load.run(0.2)
+        server.shutdown()
+    assert rate > 0
+    assert len(load.errors) in range(len(load.latencies) // 2 - 2, len(load.latencies) // 2 + 3)
+    assert all("415" in error for error in load.errors)
+    load.latencies = [n / 1000 for n in range(101)]
+    assert load.percentiles() == pytest.approx({"p50": 50, "p95": 95, "p99": 99})
+
+
+def test_table_of_serving_states_the_ratio_and_the_memory() -> None:
+    from tables.speed import serve
+
+    times = {"p50": 10.0, "p95": 20.0, "p99": 30.0}
+    result = {
+        "clients": 8,
+        "pairs": [{"one_process": 10.0, "serve": rate, "ratio": rate / 10} for rate in (8.0, 9.0)],
+        "ratio": 0.85,
+        "images_per_second": 8.5,
+        "milliseconds": times,
+        "single_milliseconds": {**times, "p50": 7.0},
+        "endurance": {
+            "seconds": 600,
+            "requests": 5000,
+            "errors": [],
+            "milliseconds": times,
+            "memory_mb": {"early": 900.0, "late": 901.0, "largest": 902.0},
+        },
+        "command": "python benchmarks/serve.py",
+        "date": "2026-01-01",
+        "torchvision": "0",
+        "load_average": 0.0,
+        "hardware": {"cpu": "c", "cpu_capability": "x", "threads": 2, "python": "3", "torch": "2"},
+    }
+    table = serve(result)
+    assert "| 8.5 | 10.0 | **0.85** | 0.80-0.90 | 10 | 20 | 30 | 7 |" in table
+    assert "5,000 requests in 600 s: no errors, p99 30 ms, memory 900 MB" in table

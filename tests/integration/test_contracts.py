@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from convlens import evaluation, models, optim, plots, recipe as recipes, serialization
-from convlens.cli.results import WRITERS, PredictionColumns
+from convlens.cli.results import WRITERS
 from convlens.data import download
 from convlens.data.sources import SOURCES, find_source
 from convlens.data.transforms.pipeline import AUGMENTS, MIXES
@@ -28,7 +28,7 @@ from convlens.models import MODELS
 from convlens.optim import OPTIMIZERS, SCHEDULES
 from convlens.plots import PLOTS
 from convlens.plots.attributions import AttributionColumn, AttributionPanel
-from convlens.prediction import Prediction
+from convlens.prediction import Prediction, PredictionColumns
 from convlens.recipe import OptimConfig
 from convlens.training import train
 from convlens.training.resolve import validate_recipe

@@ -130,7 +130,7 @@ def test_the_api_leaves_the_host_process_unchanged(tmp_path: Path) -> None:
     assert done["errors"] == [
         None,
         "more than 89 million pixels are refused (11000 x 11000); to raise the limit, set "
-        "data.max_pixels, or --max-pixels of predict and look",
+        "data.max_pixels, or --max-pixels of predict, look and serve",
     ]
 
 

@@ -208,7 +208,7 @@ def test_unreadable_images_are_skipped_if_requested() -> None:
     metadata = Run.load(done.json["run"]).run_dir.metadata()
     assert metadata["data"]["skipped"] == {
         "cat/bomb.png": "more than 89 million pixels are refused (60000 x 60000); "
-        "to raise the limit, set data.max_pixels, or --max-pixels of predict and look",
+        "to raise the limit, set data.max_pixels, or --max-pixels of predict, look and serve",
         "cat/half.png": "the file is cut short",
         "dog/nil.png": "the file is empty (0 bytes)",
         "dog/text.png": "it is text, not an image",

@@ -21,6 +21,7 @@ import convlens
 from convlens import model_export, models
 from convlens.data.dataset import load_data, load_external_data
 from convlens.data.decode import decode
+from convlens.errors import UsageError
 from convlens.model_export import FORMATS, MAX_IMAGES, ReferenceOutputs
 from convlens.recipe import load_recipe
 from convlens.run import LoadedModel, Preprocessing, RunDir, load_model
@@ -222,7 +223,12 @@ def test_export_from_python(small: Path) -> None:
     (exported,) = convlens.export(small, to="onnx", output="out/mine.onnx")
     assert exported.path == "out/mine.onnx"
     assert exported.proof.max_logit_difference <= exported.proof.tolerance
-    assert [path.name for path in Path("out").iterdir()] == ["mine.onnx"]
+    assert sorted(path.name for path in Path("out").iterdir()) == ["mine.onnx", "predict_onnx.py"]
+    script = Path("out/predict_onnx.py")
+    script.write_text("print()")  # of the user
+    with pytest.raises(UsageError, match="not written"):
+        convlens.export(small, to="onnx", output="out/other.onnx")
+    assert script.read_text() == "print()"
 
 
 # Predicting and evaluating with the file

@@ -381,7 +381,7 @@ def test_the_limit_of_pixels_can_be_changed(model: RunDir) -> None:
     (refusal,) = predictor.predict("a.png")
     assert refusal.error == (
         "more than 100 pixels are refused (11 x 11); to raise the limit, set data.max_pixels, or "
-        "--max-pixels of predict and look"
+        "--max-pixels of predict, look and serve"
     )
     assert predictor.predict("a.png", max_pixels=121)[0].label == "light"
     assert predictor.predict(Image.open("a.png"), max_pixels=121)[0].label == "light"

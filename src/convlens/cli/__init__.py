@@ -21,7 +21,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
-from convlens.cli import analyze, info, look, train, weights
+from convlens.cli import analyze, explore, info, look, serve, train, weights
 from convlens.cli.common import Figures, app
 from convlens.errors import ConvlensError, Diverged, ResourceError, Stopped, UsageError
 from convlens.utils import options, process
@@ -29,7 +29,19 @@ from convlens.utils.console import console, message_scope, status_handler
 from convlens.utils.process import Terminated, raise_on_signals
 from convlens.version import __version__
 
-__all__ = ["analyze", "app", "exit_on_errors", "info", "look", "main", "run", "train", "weights"]
+__all__ = [
+    "analyze",
+    "app",
+    "exit_on_errors",
+    "explore",
+    "info",
+    "look",
+    "main",
+    "run",
+    "serve",
+    "train",
+    "weights",
+]
 
 DISTRIBUTED_COMMANDS = ("train", "evaluate")  # commands that support torchrun
 MAX_MESSAGE_CHARS = 200  # of the message of another library

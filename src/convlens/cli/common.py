@@ -27,15 +27,20 @@ if TYPE_CHECKING:
 # The commands in the order of `convlens --help`, by panel.
 PANELS = {
     "Everyday": ("train", "predict", "evaluate", "report"),
-    "Understand": ("look", "compare", "diagnose"),
+    "Understand": ("explore", "look", "compare", "diagnose"),
     "Data": ("audit", "labels", "augment", "shard"),
-    "Hand over": ("export",),
+    "Hand over": ("export", "serve"),
     "Other": ("recipes", "weights", "info"),
 }
 NAME_COLUMN_WIDTH = 28  # maximum, of options and commands in a help page
 # Old names and those of other tools, for the suggestion in the error message. They are not aliases.
 OTHER_NAMES = {
     "data": ("audit", "augment", "shard"),
+    "browse": ("explore",),
+    "gui": ("explore",),
+    "ui": ("explore",),
+    "app": ("explore",),
+    "tensorboard": ("explore",),
     "doctor": ("diagnose",),
     "fit": ("train",),
     "finetune": ("train",),
@@ -61,6 +66,9 @@ OTHER_NAMES = {
     "explain": ("look",),
     "plot": ("look",),
     "convert": ("export",),
+    "deploy": ("serve", "export"),
+    "api": ("serve",),
+    "server": ("serve",),
     "list": ("recipes",),
     "ls": ("recipes",),
     "models": ("recipes", "weights"),

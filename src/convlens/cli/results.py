@@ -6,9 +6,8 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -25,7 +24,7 @@ if TYPE_CHECKING:  # these import torch, which `convlens recipes` must not wait 
     from convlens.data.shard_writer import WrittenShards
     from convlens.evaluation import Evaluation
     from convlens.model_export import Export
-    from convlens.prediction import Prediction
+    from convlens.prediction import Prediction, PredictionColumns
     from convlens.recipe import Recipe
     from convlens.reports.build import Report
     from convlens.run import RunDir
@@ -169,6 +168,9 @@ def print_exports(exports: Sequence[Export]) -> None:
         out.print(f"[bold]{each.format}[/]  {escape(each.path)}  ({mb:.1f} MB)", soft_wrap=True)
         out.print(escape(f"  takes  {each.input}\n  gives  {each.outputs}"))
         out.print(escape(f"  proof  {each.proof.sentence()}"))
+        if each.script is not None:
+            out.print(escape(f"  script {each.script.path}"), soft_wrap=True)
+            out.print(escape(f"         {each.script.sentence()}"))
 
 
 def print_shards(written: WrittenShards) -> None:
@@ -207,17 +209,6 @@ def _print_duplicates(out: Console, kind: str, duplicates: Duplicates) -> None:
     hidden = duplicates.groups - DUPLICATES_SHOWN
     if hidden > 0:
         out.print(f"           ... and {hidden:,} more (--json lists the worst 100)")
-
-
-@dataclass(frozen=True)
-class PredictionColumns:
-    """What `predict` prints for each image: `top` classes, and what was requested beside them."""
-
-    top: int
-    tta: bool = False
-    unsure: bool = False
-    sets: bool = False
-    unlike: bool = False
 
 
 def _write_table(predictions: Iterable[Prediction], columns: PredictionColumns) -> int:
@@ -290,26 +281,7 @@ def _csv_cells(classes: Sequence[tuple[str, float]], top: int) -> list[str]:
 
 def _write_json(predictions: Iterable[Prediction], columns: PredictionColumns) -> int:
     write_utf8()
-    entries: list[dict[str, Any]] = []
-    for prediction in predictions:
-        entry: dict[str, Any] = {"filename": prediction.filename}
-        if prediction.error is not None:
-            entry["error"] = prediction.error
-        else:
-            entry |= {"label": prediction.label, "prob": prediction.prob}
-            entry["top"] = [{"label": label, "prob": prob} for label, prob in prediction.top]
-            if columns.tta:
-                entry |= {"tta_label": prediction.tta_label, "tta_prob": prediction.tta_prob}
-                entry["tta_top"] = [
-                    {"label": label, "prob": prob} for label, prob in prediction.tta_top
-                ]
-            if columns.unsure:
-                entry["unsure"] = prediction.unsure
-            if columns.unlike:
-                entry |= {"unlike": prediction.unlike, "unlike_score": prediction.unlike_score}
-            if columns.sets:
-                entry["prediction_set"] = list(prediction.prediction_set or ())
-        entries.append(entry)
+    entries = [columns.to_dict(prediction) for prediction in predictions]
     sys.stdout.write(json.dumps({"predictions": entries}, ensure_ascii=False) + "\n")
     return sum("error" in entry for entry in entries)
 

@@ -245,7 +245,7 @@ def predict(
     if not paths and sys.stdin is not None and sys.stdin.isatty():
         raise UsageError("no image was named", fix=PREDICT_EXAMPLE)
     from convlens import onnx_model, prediction
-    from convlens.cli.results import WRITERS, PredictionColumns
+    from convlens.cli.results import WRITERS
     from convlens.data.input_images import collect_inputs, inputs_from_stdin
     from convlens.engine import inference
     from convlens.run import find_run
@@ -276,7 +276,7 @@ def predict(
     predictions = prediction.iter_predictions(
         loaded, inputs, top_k=top, tta=tta, promises=promises, reader=reader, device=device
     )
-    columns = PredictionColumns(
+    columns = prediction.PredictionColumns(
         top,
         tta=tta is not None,
         unsure=promises.min_accuracy is not None,

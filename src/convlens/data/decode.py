@@ -613,7 +613,7 @@ def _too_large(name: str, image_size: tuple[int, int], max_pixels: int) -> Unrea
     return UnreadableImage(
         name or "(bytes)",
         f"more than {limit} pixels are refused ({width} x {height}); to raise the limit, set "
-        "data.max_pixels, or --max-pixels of predict and look",
+        "data.max_pixels, or --max-pixels of predict, look and serve",
     )
 
 

@@ -210,6 +210,11 @@ class Forward:
         self._trial_size = trial_size if choose_memory_format else 0
         self._trial: _FormatTrial | None = None  # while memory formats are being timed
 
+    @property
+    def is_choosing(self) -> bool:
+        """Whether the batch size or the memory format has still to be chosen."""
+        return self.batch_size is None or self._trial is not None
+
     def outputs(self, images: Tensor) -> Iterator[ModelOutputs]:
         """Yield the outputs for images `[N, ...]`, batch by batch, in order."""
         while len(images):

@@ -125,14 +125,45 @@ def attribute(
     """Compute attribution maps and write `attribution.png` and `attribution.npz`.
 
     Args:
+        subjects, pictures, methods, layer, target, quiet: as for `compute_attributions`.
+        sanity: run the checks of `attribution_sanity`, and write a figure
+            `attribution-sanity-<model>.png` for each network.
+        folder: of the files.
+
+    Raises:
+        UsageError, ModelFileError: as by `compute_attributions`.
+    """
+    models = compute_attributions(
+        subjects, pictures, methods, layer=layer, target=target, sanity=sanity, quiet=quiet
+    )
+    table = attribution_methods.select_methods(methods)
+    return Attributions(
+        models,
+        _draw_maps(models, table, folder),
+        _write_arrays(models, folder),
+        [_draw_sanity(model, folder) for model in models if model.sanity is not None],
+    )
+
+
+def compute_attributions(
+    subjects: Sequence[InspectedModel],
+    pictures: Sequence[Sequence[Picture]],
+    methods: Sequence[str],
+    *,
+    layer: str | None = None,
+    target: str | None = None,
+    sanity: bool = False,
+    quiet: bool = False,
+) -> list[ModelAttributions]:
+    """Compute attribution maps of several networks for the same images, without writing files.
+
+    Args:
         subjects: the networks.
         pictures: the same images for each network, as `LookInputs.pictures` has them.
         methods: names in `METHODS`, or `all`.
         layer: of Grad-CAM; by default that of `attribution_methods.choose_cam_layer`.
         target: the class that is attributed; by default each image's predicted class.
-        sanity: run the checks of `attribution_sanity`, and write a figure
-            `attribution-sanity-<model>.png` for each network.
-        folder: of the files.
+        sanity: run the checks of `attribution_sanity`.
         quiet: show no progress bar.
 
     Raises:
@@ -158,12 +189,7 @@ def attribute(
     with console.progress_bar("attribution", total, shown=not quiet) as bar:
         for (model, inputs), subject in zip(prepared, subjects, strict=True):
             _compute_maps(model, subject, inputs, table, sanity, bar)
-    return Attributions(
-        models,
-        _draw_maps(models, table, folder),
-        _write_arrays(models, folder),
-        [_draw_sanity(model, folder) for model in models if model.sanity is not None],
-    )
+    return models
 
 
 def _count_progress_steps(subject: InspectedModel, images: int, methods: int, sanity: bool) -> int:
@@ -195,10 +221,14 @@ def _prepare(
             class_index = {name: index for index, name in enumerate(subject.classes)}
             targets = torch.full((len(images),), lookup(class_index, target, "class"))
     targets = targets.cpu()
-    baseline = torch.zeros_like(images[:1])
-    baseline_logits, _ = attribution_methods.logits_and_shapes(subject.model, baseline, [])
-    difference = (logits - baseline_logits).double().cpu()
-    expected = difference.gather(1, targets[:, None])[:, 0].numpy()
+    complete = [name for name, method in table.items() if method.complete]
+    expected_sums = {}
+    if complete:
+        baseline = torch.zeros_like(images[:1])
+        baseline_logits, _ = attribution_methods.logits_and_shapes(subject.model, baseline, [])
+        difference = (logits - baseline_logits).double().cpu()
+        expected = difference.gather(1, targets[:, None])[:, 0].numpy()
+        expected_sums = dict.fromkeys(complete, expected)
     model = ModelAttributions(
         name=subject.name,
         classes=subject.classes,
@@ -208,7 +238,7 @@ def _prepare(
         layer=cam_layer,
         side=None if cam_layer is None else shapes[cam_layer][2],
         maps={},
-        expected_sums={name: expected for name, method in table.items() if method.complete},
+        expected_sums=expected_sums,
     )
     return model, images
 

@@ -31,6 +31,8 @@ MIN_EMBEDDED_IMAGES = 4
 MIN_FEATURE_RANGE = 1e-6  # below, normalized features are equal up to rounding
 TSNE_COMPONENTS = 50  # principal components before t-SNE; van der Maaten and Hinton 2008 use 30
 TSNE_PERPLEXITY = 30.0
+INDEX_BATCH = 64  # images: the first neighbors are found after the first batch
+MAX_INDEX_BYTES = 1 << 28  # of the features of an index: a network may have 25,000 of them
 NO_NEIGHBOR = -1
 EXCLUDED = -2.0  # below every cosine similarity
 
@@ -316,24 +318,95 @@ def nearest_neighbors(
         similarity, numbers = _search(subject, train, directions, pictures, min(count, len(train)))
     found = []
     for row, (picture, pred) in enumerate(zip(pictures, preds, strict=True)):
-        neighbors = tuple(
-            Neighbor(
-                id=str(train.ids[number]),
-                number=number,
-                label=subject.classes[int(train.labels[number])],
-                distance=max(0.0, 1 - cosine),
-                same=_describe_equality(
-                    picture.pixels, train.rows.gather(torch.tensor([number]))[0]
-                ),
-            )
-            for cosine, number in zip(similarity[row].tolist(), numbers[row].tolist(), strict=True)
-            if number != NO_NEIGHBOR
-        )
+        neighbors = _describe_neighbors(subject, train, picture, similarity[row], numbers[row])
         label = None if picture.label is None else subject.classes[picture.label]
         found.append(NearestImages(picture.name, label, subject.classes[pred], neighbors))
     report = NeighborReport(subject.name, len(train), tuple(found), folder / "nearest.png")
     _draw_neighbors(report, queries, train)
     return report
+
+
+def _describe_neighbors(
+    subject: InspectedModel, train: Split, picture: Picture, similarity: Tensor, numbers: Tensor
+) -> tuple[Neighbor, ...]:
+    """Return the training images with these numbers as neighbors of a picture."""
+    return tuple(
+        Neighbor(
+            id=str(train.ids[number]),
+            number=number,
+            label=subject.classes[int(train.labels[number])],
+            distance=max(0.0, 1 - cosine),
+            same=_describe_equality(picture.pixels, train.rows.gather(torch.tensor([number]))[0]),
+        )
+        for cosine, number in zip(similarity.tolist(), numbers.tolist(), strict=True)
+        if number != NO_NEIGHBOR
+    )
+
+
+@dataclass(frozen=True)
+class FeatureIndex:
+    """Penultimate features of training images, kept to search them for many images.
+
+    Attributes:
+        train: the training split.
+        numbers: of the indexed images in that split, int64 `[N]`.
+        directions: their features divided by their lengths, float32 `[N, D]`.
+    """
+
+    train: Split
+    numbers: Tensor
+    directions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def index_features(
+    subject: InspectedModel,
+    train: Split,
+    max_images: int,
+    *,
+    seed: int = 0,
+    on_batch: Callable[[FeatureIndex], None] = lambda index: None,
+) -> FeatureIndex:
+    """Compute the features of the training images, or of a seeded sample if there are too many.
+
+    Args:
+        max_images: at most so many, and so many that `MAX_INDEX_BYTES` are enough.
+        on_batch: gets the index of the images so far, which are a random sample at any time.
+    """
+    (first,) = penultimate_features(subject, [train.rows.gather(torch.tensor([0]))])
+    max_images = min(max_images, MAX_INDEX_BYTES // first.features.nbytes)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    # Sorted, so that neighboring images are read from disk together.
+    batches = [numbers.sort().values for numbers in order[:max_images].split(INDEX_BATCH)]
+    index = FeatureIndex(train, order[:0], first.features[:0])
+    with progress_bar(f"{subject.name}: training images", len(order[:max_images])) as bar:
+        images = (train.rows.gather(numbers) for numbers in batches)
+        for numbers, outputs in zip(batches, penultimate_features(subject, images), strict=True):
+            index = FeatureIndex(
+                train,
+                torch.cat([index.numbers, numbers]),
+                torch.cat([index.directions, F.normalize(outputs.features)]),
+            )
+            on_batch(index)
+            bar.advance(len(numbers))
+    by_number = index.numbers.argsort()
+    return FeatureIndex(train, index.numbers[by_number], index.directions[by_number])
+
+
+def nearest_in_index(
+    subject: InspectedModel, index: FeatureIndex, picture: Picture, count: int = 5
+) -> tuple[Neighbor, ...]:
+    """Return the indexed images nearest to a picture, as `nearest_neighbors` finds them."""
+    (outputs,) = penultimate_features(subject, [picture.pixels[None]])
+    cosine = index.directions @ F.normalize(outputs.features)[0]
+    if picture.id is not None:
+        is_itself = [str(index.train.ids[number]) == picture.id for number in index.numbers]
+        cosine[torch.tensor(is_itself)] = EXCLUDED
+    best = cosine.argsort(descending=True, stable=True)[:count]
+    best = best[cosine[best] > EXCLUDED]
+    return _describe_neighbors(subject, index.train, picture, cosine[best], index.numbers[best])
 
 
 def _search(

@@ -327,19 +327,34 @@ def select_pictures(
 def _pictures_from_files(
     subject: InspectedModel, text: str, max_pixels: int | None
 ) -> list[Picture]:
+    return [
+        read_picture(subject, path, Path(path).name, max_pixels) for path in expand_paths([text])
+    ]
+
+
+def read_picture(
+    subject: InspectedModel, source: str | bytes, name: str, max_pixels: int | None = None
+) -> Picture:
+    """Read an image as the network sees it.
+
+    Args:
+        source: the path or the content of a file.
+        name: of the picture.
+        max_pixels: as for `select_pictures`.
+
+    Raises:
+        DataError: it can't be read.
+    """
     conversion = subject.loaded.preprocessing.conversion
     conversion = replace(conversion, max_pixels=max_pixels or conversion.max_pixels)
-    pictures = []
-    for path in expand_paths([text]):
-        try:
-            pixels = conversion.file(path)
-        except UnreadableImage as error:
-            raise DataError(
-                f"can't be read as an image: {error.reason}", where=path, fix="name another file"
-            ) from error
-        tensor = torch.from_numpy(np.ascontiguousarray(pixels))
-        pictures.append(Picture(Path(path).name, tensor, None))
-    return pictures
+    try:
+        pixels = conversion.file(source, name)
+    except UnreadableImage as error:
+        where = source if isinstance(source, str) else name
+        raise DataError(
+            f"can't be read as an image: {error.reason}", where=where, fix="name another file"
+        ) from error
+    return Picture(name, torch.from_numpy(np.ascontiguousarray(pixels)), None)
 
 
 class _SplitPosition(NamedTuple):
@@ -394,9 +409,18 @@ def _pictures_from_split(
         indices = torch.tensor([number])
     is_own = data is None or subject.recognizes(data)
     of = split_name or ("test" if data is None or is_own else Path(data_name(data)).name)
+    return pictures_at(split, indices, of)
+
+
+def pictures_at(split: Split, indices: Tensor, name: str) -> list[Picture]:
+    """Return the images of a split with these numbers, int64 `[N]`.
+
+    Args:
+        name: of the split, which is part of the names of the pictures.
+    """
     pixels, labels = split.rows.gather(indices), split.labels[indices].tolist()
     return [
-        Picture(f"{of}:{i}", image, label, str(split.ids[i]))
+        Picture(f"{name}:{i}", image, label, str(split.ids[i]))
         for i, image, label in zip(indices.tolist(), pixels, labels, strict=True)
     ]
 
@@ -510,7 +534,7 @@ def open_look_inputs(
     subjects = []
     for text in model_arguments:
         _check_position_kind(text)
-        _check_has_weights(text)
+        check_has_weights(text)
         subjects.append(open_inspected_model(text, device=device))
     return LookInputs(
         subjects,
@@ -583,7 +607,8 @@ def _check_position_kind(text: str) -> None:
         )
 
 
-def _check_has_weights(text: str) -> None:
+def check_has_weights(text: str) -> None:
+    """Refuse a run whose training has not written its weights yet."""
     for folder in (run.MODELS_DIR / text, Path(text)):
         if _is_run(folder) and not (folder / "model.safetensors").is_file():
             raise ModelFileError(
@@ -609,7 +634,9 @@ def _pictures_for_all(
     for text in arguments:
         if is_split_position(text):
             selected = select_pictures(source, [text], data)
-            pictures += [tuple(_convert(each, source, s) for s in subjects) for each in selected]
+            pictures += [
+                tuple(convert_picture(each, source, s) for s in subjects) for each in selected
+            ]
         else:
             of_each = (select_pictures(s, [text], max_pixels=max_pixels) for s in subjects)
             pictures += zip(*of_each, strict=True)
@@ -618,11 +645,11 @@ def _pictures_for_all(
     pictures = [row for i, row in enumerate(pictures) if ids[i] is None or ids[i] not in ids[:i]]
     if not arguments and examples:
         selected = example_pictures(source, data)
-        pictures += [tuple(_convert(each, source, s) for s in subjects) for each in selected]
+        pictures += [tuple(convert_picture(each, source, s) for s in subjects) for each in selected]
     return pictures
 
 
-def _convert(picture: Picture, source: InspectedModel, subject: InspectedModel) -> Picture:
+def convert_picture(picture: Picture, source: InspectedModel, subject: InspectedModel) -> Picture:
     """Return a picture of `source` in the size, channels and class order of `subject`."""
     old, new = source.loaded.preprocessing, subject.loaded.preprocessing
     name = None if picture.label is None else source.classes[picture.label]

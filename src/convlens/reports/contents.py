@@ -103,14 +103,9 @@ class ReportContents:
 
     def test_uses(self) -> int:
         """Return how often the test split of the run has been used, this page included."""
-        fingerprint = self.model_metadata.get("data", {}).get("fingerprint")
-        logged = sum(
-            entry["split"] == "test"
-            and bool(entry.get("own"))
-            and entry.get("data_fingerprint") == fingerprint
-            for entry in self.run_dir.evaluation_log()
-        )
-        return int(logged) + self.shows_test_split
+        if self.loaded is None:
+            return 0
+        return evaluation.count_test_uses(self.run_dir, self.loaded) + self.shows_test_split
 
     @property
     def shows_test_split(self) -> bool:

@@ -24,7 +24,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
@@ -47,6 +47,11 @@ WIDE_TERMINAL = 100  # columns from which the progress bar also shows the elapse
 _quiet: ContextVar[bool] = ContextVar("convlens_quiet", default=False)
 # Keys of the messages that `print_once` has printed within `message_scope`; None outside of it.
 _printed: ContextVar[set[str] | None] = ContextVar("convlens_printed", default=None)
+# Called with the description of a bar, the steps done and their total.
+ProgressListener = Callable[[str, int, int], None]
+_progress_listener: ContextVar[ProgressListener | None] = ContextVar(
+    "convlens_progress_listener", default=None
+)
 
 
 class ProgressBar(Protocol):
@@ -255,16 +260,35 @@ def progress_bar(description: str, total: int, *, shown: bool = True) -> Iterato
         TruncatedText(),
     )
     disable = not (shown and console().is_terminal) or is_quiet()
+    listener, done = _progress_listener.get(), 0
     with Progress(*columns, console=console(), transient=True, disable=disable) as bars:
         task = bars.add_task(description, total=total, text="")
 
         class _Bar:
             def advance(self, amount: int = 1, text: str | None = None) -> None:
+                nonlocal done
+                done += amount
                 bars.advance(task, amount)
                 if text is not None:
                     bars.update(task, text=text)
+                if listener is not None:
+                    listener(description, done, total)
 
         yield _Bar()
+
+
+@contextlib.contextmanager
+def listen_to_progress(listener: ProgressListener) -> Iterator[None]:
+    """Pass the progress of all bars within the block to a function, whether they are shown or not.
+
+    The function gets the description, the steps done and their total. It may raise an exception
+    to stop the work.
+    """
+    token = _progress_listener.set(listener)
+    try:
+        yield
+    finally:
+        _progress_listener.reset(token)
 
 
 class ProgressDisplay:

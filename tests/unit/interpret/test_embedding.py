@@ -16,7 +16,14 @@ from torch.nn import functional as F
 import convlens
 from convlens.cli.look import print_embeddings, print_neighbors
 from convlens.errors import DataError, ModelFileError, UsageError
-from convlens.interpret.embedding import EMBEDDINGS, embed, nearest_neighbors, pca
+from convlens.interpret.embedding import (
+    EMBEDDINGS,
+    embed,
+    index_features,
+    nearest_in_index,
+    nearest_neighbors,
+    pca,
+)
 from convlens.interpret.features import PenultimateOutputs, penultimate_features
 from convlens.interpret.inputs import InspectedModel, open_inspected_model, select_pictures
 from helpers.support import TINY
@@ -128,6 +135,30 @@ def test_copies_are_marked_and_a_training_image_is_not_its_own_neighbor(
     assert {near.same for near in uniform.neighbors} == {""}
     assert 5 not in [near.number for near in itself.neighbors]
     assert (itself.label, copy.label) == (run.classes[train.labels[5]], None)
+
+
+def test_index_finds_the_same_neighbors_as_the_complete_search(
+    run: InspectedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = select_pictures(run, ["val:0", "val:3", "train:5"])
+    train = run.split("train")
+    slow = nearest_neighbors(run, pictures, 4, folder=OUT, quiet=True)
+    parts: list[int] = []
+    index = index_features(run, train, 10_000, on_batch=lambda part: parts.append(len(part)))
+    assert parts == [min(64 * n, len(train)) for n in range(1, -(-len(train) // 64) + 1)]
+    assert index.numbers.tolist() == list(range(len(train)))
+    for picture, expected in zip(pictures, slow.found, strict=True):
+        found = nearest_in_index(run, index, picture, 4)
+        assert [near.number for near in found] == [near.number for near in expected.neighbors]
+        assert [near.same for near in found] == [near.same for near in expected.neighbors]
+        assert [near.distance for near in found] == pytest.approx(
+            [near.distance for near in expected.neighbors], abs=1e-5
+        )
+    sample = index_features(run, train, 20)
+    assert len(sample) == 20
+    assert torch.equal(sample.directions, index.directions[sample.numbers])
+    monkeypatch.setattr("convlens.interpret.embedding.MAX_INDEX_BYTES", index.directions[:7].nbytes)
+    assert len(index_features(run, train, 10_000)) == 7
 
 
 def test_more_neighbors_than_training_images_and_missing_arguments(run: InspectedModel) -> None:

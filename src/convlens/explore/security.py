@@ -1,0 +1,267 @@
+"""ASGI middleware that keeps a local server closed to other people and to other web pages.
+
+A server on 127.0.0.1 can be reached by every page that is open in the browser, by every user of
+the machine, and, with a name that resolves to 127.0.0.1 (DNS rebinding), by scripts of other hosts.
+So a request needs the token, a `Host` of this machine and, if it changes anything, the `Origin` of
+the page itself. Bodies are limited in size and time, and requests in number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import parse_qsl, urlencode
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+SAFE_METHODS = ("GET", "HEAD")
+RETRY_SECONDS = 1  # after which a client that was refused for lack of room should try again
+# Scripts, styles and data come from this server only. Charts and thumbnails are data URIs.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "media-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+SECURITY_HEADERS = {
+    "content-security-policy": CONTENT_SECURITY_POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(self), microphone=(), geolocation=()",
+    "cache-control": "no-store",
+}
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may use the server.
+
+    Attributes:
+        token: what a request has to know; empty if none is needed.
+        names: the host names and addresses by which the server may be addressed.
+        addresses: also allow all IP addresses, for a server that is open to other machines. They
+            are no help for DNS rebinding, which needs a name.
+        cookie: name of the cookie with the token. Cookies are shared by all ports of a host, so
+            servers on different ports need different names.
+        bearer_only: programs send the token as `Authorization: Bearer TOKEN`. No browser does that
+            by itself, so that any host name is accepted.
+        open_paths: what may be requested without a token.
+    """
+
+    token: str
+    names: frozenset[str] = frozenset(LOOPBACK_NAMES)
+    addresses: bool = False
+    cookie: str = "convlens"
+    bearer_only: bool = False
+    open_paths: frozenset[str] = frozenset()
+
+    def allows_host(self, host: str) -> bool:
+        """Return whether a `Host` header names this server; the port may be that of a tunnel."""
+        name = _host_name(host)
+        if name in self.names or self.bearer_only:
+            return True
+        return self.addresses and _is_address(name)
+
+    def knows_token(self, text: str) -> bool:
+        return not self.token or hmac.compare_digest(text.encode(), self.token.encode())
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits on what one client can make the server hold.
+
+    Attributes:
+        body_bytes: of a request.
+        body_seconds: until its body has arrived.
+        requests: at the same time; the others are refused, not queued.
+    """
+
+    body_bytes: int = 32 << 20
+    body_seconds: float = 30.0
+    requests: int = 64
+
+
+def _host_name(host: str) -> str:
+    """Return the name in a `Host` header, without port and brackets."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+class Guard:
+    """ASGI middleware that refuses requests which `access` and `limits` do not allow."""
+
+    def __init__(self, app: ASGIApp, access: Access, limits: Limits | None = None) -> None:
+        self.app = app
+        self.access = access
+        self.limits = limits or Limits()
+        self._active = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # no part of the page uses WebSockets
+            await send({"type": "websocket.close", "code": 1008})
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        refusal = self._refusal(scope)
+        if refusal is None and self._active >= self.limits.requests:
+            refusal = refuse(503, "too many requests at the same time", "try again")
+        if refusal is not None:
+            await refusal(scope, receive, send_with_headers)
+            return
+        self._active += 1
+        try:
+            await self.app(scope, self._limited(receive), send_with_headers)
+        finally:
+            self._active -= 1
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        """Return the answer to a request that is not allowed; None for one that is."""
+        headers = Headers(scope=scope)
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or not self.access.allows_host(hosts[0]):
+            return refuse(421, "this server does not answer for that host name")
+        problem = _other_site(scope["method"], headers, f"{scope['scheme']}://{hosts[0]}")
+        if problem:
+            return refuse(403, problem)
+        if scope["path"] in self.access.open_paths:
+            return self._too_large(headers)
+        bearer = headers.get("authorization", "").removeprefix("Bearer ")
+        if self.access.bearer_only:
+            if self.access.knows_token(bearer):
+                return self._too_large(headers)
+            return refuse(
+                401, "the token is missing or wrong", "send it as `Authorization: Bearer TOKEN`"
+            )
+        if not self.access.knows_token(_cookie(headers, self.access.cookie)):
+            if self.access.knows_token(bearer):
+                return self._too_large(headers)
+            return self._log_in(scope)
+        # A browser states the origin of every request that changes something.
+        if scope["method"] not in SAFE_METHODS and self.access.token and "origin" not in headers:
+            return refuse(403, "a request that changes something needs an Origin header")
+        return self._too_large(headers)
+
+    def _too_large(self, headers: Headers) -> Response | None:
+        length = headers.get("content-length", "0")
+        if not length.isdecimal():
+            return refuse(400, "the length of the body is not a number")
+        if len(length) > 20 or int(length) > self.limits.body_bytes:
+            return refuse(413, self._size_problem())
+        return None
+
+    def _log_in(self, scope: Scope) -> Response:
+        """Move the token of the URL into a cookie, or ask for it."""
+        query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        tokens = [value for name, value in query if name == "token"]
+        if scope["method"] == "GET" and tokens and self.access.knows_token(tokens[0]):
+            rest = urlencode([(name, value) for name, value in query if name != "token"])
+            # A path that starts with two slashes would be the URL of another host.
+            path = "/" + scope["path"].lstrip("/")
+            response = RedirectResponse(path + (f"?{rest}" if rest else ""), status_code=303)
+            response.set_cookie(
+                self.access.cookie, self.access.token, httponly=True, samesite="strict"
+            )
+            return response
+        problem = "the token is missing or wrong"
+        if scope["path"].startswith("/api/"):
+            return refuse(401, problem, "open the URL that convlens printed at its start")
+        return PlainTextResponse(
+            f"{problem}.\nOpen the complete URL that convlens printed when it was started.\n",
+            status_code=401,
+        )
+
+    def _limited(self, receive: Receive) -> Receive:
+        """Return a `receive` that raises an `HTTPException` for a large or slow body."""
+        received, deadline = 0, asyncio.get_running_loop().time() + self.limits.body_seconds
+        complete = False
+
+        async def limited() -> Message:
+            nonlocal received, complete
+            if complete:  # only the end of the connection can follow
+                return await receive()
+            remaining = deadline - asyncio.get_running_loop().time()
+            try:
+                message = await asyncio.wait_for(receive(), max(remaining, 0))
+            except TimeoutError:
+                raise HTTPException(408, "the body took too long to arrive") from None
+            received += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if received > self.limits.body_bytes:
+                raise HTTPException(413, self._size_problem())
+            return message
+
+        return limited
+
+    def _size_problem(self) -> str:
+        return f"the body has more than {self.limits.body_bytes >> 20} MB"
+
+
+def _other_site(method: str, headers: Headers, own: str) -> str:
+    """Return why a request comes from another page than those of this server, or ""."""
+    origins = headers.getlist("origin")
+    if any(origin != own for origin in origins):
+        return "requests from other pages are refused"
+    site = headers.get("sec-fetch-site", "none")
+    # A link on another page may open this one, but nothing of it can be embedded or fetched.
+    is_visit = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+    is_visit = is_visit and headers.get("sec-fetch-dest", "document") == "document"
+    if site not in ("same-origin", "none") and not is_visit:
+        return "requests from other pages are refused"
+    return ""
+
+
+def _cookie(headers: Headers, name: str) -> str:
+    cookies: SimpleCookie = SimpleCookie()
+    for line in headers.getlist("cookie"):
+        try:
+            cookies.load(line)
+        except CookieError:
+            continue
+    return cookies[name].value if name in cookies else ""
+
+
+def refuse(status: int, what: str, fix: str = "") -> JSONResponse:
+    """Return an error as data, in the form of a `ConvlensError`."""
+    headers = {"Retry-After": str(RETRY_SECONDS)} if status == 503 else None
+    return JSONResponse(
+        {"error": what, "where": "", "fix": fix}, status_code=status, headers=headers
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach a server that listens on `host`."""
+    if host == "localhost":
+        return True
+    return _is_address(host) and ipaddress.ip_address(host).is_loopback
+
+
+def own_names(host: str, others: Iterable[str] = ()) -> frozenset[str]:
+    """Return the names of a server that listens on `host`."""
+    return frozenset(name.lower() for name in (*LOOPBACK_NAMES, host, *others))
