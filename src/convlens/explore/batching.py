@@ -118,6 +118,9 @@ class Batcher:
     def submit(self, image: InputImage) -> Future[Prediction]:
         """Return the future prediction for an image, which has an error if it is unreadable."""
         future: Future[Prediction] = Future()
+        # It can't be cancelled from now on: a request that ends early would otherwise make
+        # `set_result` fail in the thread that classifies.
+        future.set_running_or_notify_cancel()
         self._pool.submit(self._decode, image, future)
         return future
 

@@ -72,6 +72,15 @@ def test_all_that_was_submitted_is_answered_before_the_end(predictor: RecordedPr
     assert all(future.result().error is None for future in futures[:-1])
 
 
+def test_a_request_that_ends_early_does_not_end_the_others(predictor: RecordedPredictor) -> None:
+    with batcher(predictor) as running:
+        left = running.submit(InputImage("left", png(10)))
+        assert predictor.started.wait(60)
+        assert not left.cancel()
+        predictor.go_on.set()
+        assert running.submit(InputImage("next", png(10))).result(60).error is None
+
+
 def test_an_error_reaches_the_images_of_its_batch_only(
     predictor: RecordedPredictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
