@@ -67,14 +67,15 @@ Inputs = Sequence[InputImage | InputBatch]
 
 
 def collect_inputs(
-    inputs: ImageLike | InputImage | Iterable[ImageLike | InputImage],
+    inputs: ImageLike | InputImage | InputBatch | Iterable[ImageLike | InputImage | InputBatch],
     *,
     channels: str | None = None,
 ) -> list[InputImage | InputBatch]:
     """Return everything that `predict` takes in one form. Nothing is decoded yet.
 
     Args:
-        inputs, channels: as for `predict`.
+        inputs: as for `predict`; what is collected already stays as it is.
+        channels: as for `predict`.
 
     Raises:
         UsageError, DataError: as by `predict`.
@@ -116,7 +117,16 @@ def count_images(inputs: Inputs) -> int:
 
 
 def _is_one_image(value: object) -> bool:
-    kinds = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, InputImage)
+    kinds = (
+        str,
+        InputImage,
+        InputBatch,
+        bytes,
+        bytearray,
+        memoryview,
+        Image.Image,
+        os.PathLike,  # last: an abstract class takes longest
+    )
     return isinstance(value, kinds) or hasattr(value, "read")
 
 
@@ -127,7 +137,7 @@ def _from_memory(value: Any, number: int, channels: str | None) -> InputImage | 
         number: of images before it.
     """
     name = str(number)
-    if isinstance(value, InputImage):
+    if isinstance(value, InputImage | InputBatch):
         return value
     if isinstance(value, bytes | bytearray | memoryview):
         try:
