@@ -111,6 +111,9 @@ class DataConfig(Section):
         path_column, label_column, split_column: columns of a list of images, if they are not found
             by their names; `split_column: none` reads no column as the split.
         images: the folder that the paths of a list are relative to.
+        lists: which lists of a folder are read if there are several for each split: what their
+            names have in common, such as `2` for `train2.txt` and `test2.txt`, or `variant` for
+            `images_variant_train.txt`.
         rename: new names of classes, `{"old": "new"}`, both in quotes if they are numbers; classes
             with the same name become one.
         balance: how often an epoch draws the images of each class. `none` draws each image once;
@@ -144,6 +147,7 @@ class DataConfig(Section):
     label_column: str | None = None
     split_column: str | None = None
     images: str | None = None
+    lists: str | None = None
     rename: dict[str, str] | None = None
     per_class: Positive | None = None
     total_per_class: Positive | None = None
@@ -173,6 +177,12 @@ class DataConfig(Section):
         if value != "auto" and not value[0] < value[1]:
             raise ValueError("the first number must be smaller than the second")
         return value
+
+    @field_validator("lists", mode="before")
+    @classmethod
+    def _to_name(cls, value: Any) -> Any:
+        """Accept `data.lists=2`, a number in YAML."""
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @field_validator("classes", "without", mode="before")
     @classmethod

@@ -153,6 +153,8 @@ class ListOptions:
         group: a column; images with equal values stay in one split.
         images: the folder that the paths are relative to, itself relative to the folder of the
             list or to the current one.
+        lists: which lists of a folder are read if there are several for each split: what their
+            names have in common, such as `2` for `train2.txt` and `test2.txt`.
         rename: new names of classes.
     """
 
@@ -161,6 +163,7 @@ class ListOptions:
     split_column: str | None = None
     group: str | None = None
     images: str | None = None
+    lists: str | None = None
     rename: Mapping[str, str] | None = None
 
 

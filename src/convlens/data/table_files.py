@@ -193,9 +193,33 @@ def _split_at_blanks(text: str, is_known_column: IsKnownColumn) -> list[Line]:
     firsts = {cells[0] for cells in data}
     is_regular = len(set(map(len, words))) == 1 and len(words[0]) > 2
     are_numbers = all(_NUMBER.fullmatch(word) for cells in data for word in cells[1:])
+    if _are_ids_and_labels(data):
+        return [
+            (n, [line] if line.lstrip()[0] == "#" else line.split(None, 1)) for n, line in lines
+        ]
     if is_regular and are_numbers and len(firsts) == len(data) > 1:
         return [(n, [line] if line.lstrip()[0] == "#" else line.split()) for n, line in lines]
     return [(number, line.rsplit(None, 1)) for number, line in lines]
+
+
+def _are_ids_and_labels(data: Sequence[Sequence[str]]) -> bool:
+    """Return whether the first word of each line is an id, and the rest a label with blanks.
+
+    `0034309 Boeing 707-320`: the ids are different and have digits, some labels have several words,
+    and no file name is behind a blank.
+    """
+    ids = {cells[0] for cells in data}
+    last_but_one = [cells[-2] for cells in data if len(cells) > 2]
+    have_numbers = all(any(map(str.isdecimal, cells[0])) for cells in data)
+    are_words = not all(_NUMBER.fullmatch(word) for cells in data for word in cells[1:])
+    return (
+        bool(last_but_one)
+        and not any(map(is_image_name, last_but_one))
+        and len(ids) == len(data)
+        and all(len(cells) > 1 for cells in data)
+        and have_numbers
+        and are_words
+    )
 
 
 def _read_json(path: Path, is_known_column: IsKnownColumn) -> Table:

@@ -101,7 +101,9 @@ def batch_outputs(
     with_features: bool = False,
 ) -> ModelOutputs:
     """Like `batch_logits`, with the mean over `views` if given, and with the features."""
-    recording = _record_head_inputs(model) if with_features else nullcontext([])
+    recording: AbstractContextManager[list[Tensor]] = (
+        _record_head_inputs(model) if with_features else nullcontext([])
+    )
     with eval_mode(model), recording as features:
         inputs = normalize(images.to(plan.device), plan)
         if views is None:
