@@ -203,7 +203,7 @@ def rows_of_table(table: Table, path: Path, folder: str, options: ListOptions) -
     """
     if not table.lines:
         raise DataError("this file lists no images", where=str(path), fix=COLUMNS_HELP)
-    finder = PathFinder(folder, _images_folder(folder, options.images))
+    finder = PathFinder(folder, _images_folder(folder, options.images), path.stem)
     cells = interpret_table(
         table, str(path), options, share_of_files=finder.share, is_file=finder.is_file
     )
@@ -355,8 +355,13 @@ def _check_rows(
     fix = "fix these lines and run the same command again"
     if missing.items:
         fix = content.fix or f"{fix}, or name the folder of the images: data.images=FOLDER"
-    elif {"0", "1"} <= {row.split_cell for row in rows if row.split is None} <= set("012"):
+    elif (unknown := {row.split_cell for row in rows if row.split is None}) == set("012"):
         fix = "name this column `partition` if 0, 1, 2 mean train, val, test, as in CelebA"
+    elif unknown == {"0", "1"}:
+        fix = (
+            "name this column `is_test` if 1 marks test images, `is_train` if it marks training "
+            "images, or set data.split_column=none"
+        )
     raise_problems(problems, where, fix)
     return names
 

@@ -57,11 +57,15 @@ class PathFinder:
     Args:
         folder: the folder of the list; its paths are relative to it.
         images: another folder that they may be relative to (`data.images`).
+        name: of the list without its suffix. Its paths may also be relative to a folder of this
+            name beside it, such as `test` beside `test.csv`.
     """
 
-    def __init__(self, folder: str, images: str | None = None) -> None:
+    def __init__(self, folder: str, images: str | None = None, name: str = "") -> None:
         self._folder = folder
         self._bases = [folder] if images is None else [images, folder]
+        if name and os.path.isdir(os.path.join(folder, name)):
+            self._bases.append(os.path.join(folder, name))
         self._listings = _Listings()
 
     def is_file(self, path: str) -> bool:
@@ -331,6 +335,9 @@ def _clean(path: str) -> tuple[str, list[str]]:
     elif is_file_url(text):
         text = path_of_file_url(text)
         changes.append("from a file:// address")
+    elif re.search(r"%[0-9A-Fa-f]{2}", text):
+        text = unquote(text)
+        changes.append("with blanks and other characters for %20 and the like")
     if "\\" in text:
         text = text.replace("\\", "/")
         changes.append("with / for \\")
