@@ -52,7 +52,7 @@ OTHER_NAMES = {
     "optim.schedule": ("scheduler", "lrscheduler", "lrschedule"),
     "optim.weight_decay": ("wd",),
     "optim.loss": ("criterion", "lossfunction", "lossfn"),
-    "train.epochs": ("numepochs", "nepochs", "maxepochs"),
+    "train.epochs": ("epoch", "numepochs", "nepochs", "maxepochs"),
     "train.batch_size": ("batch", "bs"),
     "train.patience": ("earlystopping",),
     "train.precision": ("amp", "mixedprecision", "fp16", "bf16"),
@@ -472,13 +472,23 @@ def load_recipe(
             # A color such as `#ffffff` would be a comment in YAML.
             is_color = value.lstrip().startswith("#")
             parsed = value if is_color else yaml.parse_yaml(value, where=shorten(override))
-            _set_key(tree, key.strip(), parsed)
+            _set_key(tree, key.strip(), _with_values(parsed))
         except UsageError as error:
             problems.append(f"{error.where}: {error.what}" if error.where else error.what)
     overridden = {text.partition("=")[0].strip() for text in overrides}
     return _check_tree(
         tree, where=where, problems=problems, lines=lambda: _lines(source, overridden)
     )
+
+
+def _with_values(parsed: Any) -> Any:
+    """Return `{a: b}` for `{a:b}`, in which YAML sees the name `a:b` without a value."""
+    if not isinstance(parsed, dict) or any(value is not None for value in parsed.values()):
+        return parsed
+    pairs = [str(key).partition(":") for key in parsed]
+    if not all(value for _, _, value in pairs):
+        return parsed
+    return {key: yaml.parse_yaml(value, where=key) for key, _, value in pairs}
 
 
 def _read_tree(
@@ -705,6 +715,9 @@ def _describe_errors(key: str, errors: Sequence[Any]) -> str:
     hint = _hint_about_number(key, value, [error["type"] for error in errors])
     if hint:
         return f"{received}: {hint}"
+    pair = re.fullmatch(r"\s*([^:{}]+?)\s*(?::|=|->)\s*([^:{}]+?)\s*", str(value))
+    if pair and any(error["type"] == "dict_type" for error in errors):
+        return f"{received}: write {key}={{{pair[1]}: {pair[2]}}}, in quotes for a shell"
     expected = [_expected_values(error) for error in errors]
     if all(expected):
         *others, last = dict.fromkeys(itertools.chain.from_iterable(expected))

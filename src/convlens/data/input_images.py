@@ -20,6 +20,7 @@ from torch import Tensor
 from convlens.data.arrays import LAYOUTS, as_array, is_array, to_nchw
 from convlens.data.decode import MAX_BYTES, UnreadableImage, has_second_image, probe_image
 from convlens.data.file_types import unsupported_format
+from convlens.data.image_paths import is_file_url, path_of_file_url
 from convlens.data.layout import printable
 from convlens.data.scan import Scanner
 from convlens.data.types import is_image_name
@@ -228,6 +229,8 @@ def _expand_path(path: str, missing: list[str]) -> list[str]:
     """Return the files that a path stands for; add it to `missing` if there are none."""
     if os.path.isfile(path):
         return [path]
+    if path.startswith("~") or is_file_url(path):
+        path = os.path.expanduser(path_of_file_url(path) if is_file_url(path) else path)
     if os.path.isdir(path):
         return _images_in_folders([path], missing)
     if os.path.exists(path) or not glob.has_magic(path):  # a pipe, or a file that is missing

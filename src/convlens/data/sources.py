@@ -32,7 +32,14 @@ from convlens.data.layout import ClassChoice, list_examples, printable, split_fr
 from convlens.data.list_columns import DEFAULT_OPTIONS, ListOptions
 from convlens.data.list_folder import has_lists, read_listed_folder
 from convlens.data.scan import is_directory
-from convlens.data.types import DataSource, EncodedFiles, ImageSource, NumberedStrings, Part
+from convlens.data.types import (
+    DataSource,
+    EncodedFiles,
+    ImageSource,
+    NumberedStrings,
+    Part,
+    is_image_name,
+)
 from convlens.data.webdataset import holds_shards, is_pattern, read_shards
 from convlens.errors import DataError, UsageError, close_matches, did_you_mean
 
@@ -291,6 +298,8 @@ def _read_path(path: Path | None, name: str, tested: bool) -> DataSource:
         fix = "unpack it and name the folder"
     elif path.suffix.lower() in (".xlsx", ".xls", ".ods"):
         fix = "save it as CSV (UTF-8) and name that file"
+    elif is_image_name(path.name):
+        fix = f"name the folder of all images; `convlens predict RUN {name}` classifies one"
     elif path.suffix.lower() == ".mat":
         fix = f"name its folder if it is a list of a published data set, or {MAT_HELP}"
     raise DataError("this file is not a CSV or a tar", where=str(path), fix=fix)

@@ -201,6 +201,10 @@ def test_unknown_names_and_missing_paths_are_reported(data_root: Path, tmp_path:
     with pytest.raises(DataError, match="not a CSV or a tar") as caught_data:
         find_source(str(tmp_path / "a.zip"))
     assert "unpack" in caught_data.value.fix
+    write_image(tmp_path / "one.png")
+    with pytest.raises(DataError, match="not a CSV or a tar") as caught_data:
+        find_source(str(tmp_path / "one.png"))
+    assert "name the folder of all images" in caught_data.value.fix
 
 
 @pytest.mark.parametrize(
