@@ -46,6 +46,7 @@ from convlens.data.layout import (
     printable,
     raise_problems,
     split_from_name,
+    split_words,
 )
 from convlens.data.scan import MAX_DEPTH, Folder, Scanner, enter_wrappers, is_image
 from convlens.errors import DataError
@@ -53,6 +54,10 @@ from convlens.errors import DataError
 _LIST_EXTENSIONS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
 # Folders, and lists in each, that are searched for a list to name in an error.
 MAX_SEARCHED_FOLDERS, MAX_SEARCHED_LISTS = 50, 20
+_VERSION_WORD = re.compile(
+    r"colou?rs?|gr[ae]y(scale)?|rgb|hsv|bw|segment(ed|ation)|augment(ed|ation)|original|raw|resized"
+    r"|cropped|processed|preprocessed|depth|n?ir|infrared|thermal|edges?|images?|data"
+)
 _UNLABELED = re.compile(r"(^|[^a-z])unlabell?ed([^a-z]|$)")
 
 
@@ -659,6 +664,15 @@ class _LayoutFinder:
         have_same_folders = len(set(inside)) == 1 and len(nested) > 1
         if all(_images_beside_annotations(folder) for folder in nested):
             return "top"
+        if have_same_folders and not have_own_images and all(map(_is_version_name, names)):
+            first = self._shown(nested[0])
+            raise DataError(
+                f"these folders look like versions of the same images: {list_examples(names)}",
+                where=str(self._root),
+                fix=f"name one of them: {os.path.join(self._root, first)} "
+                f"({_count_classes(subfolders)}), or data.class_level=top "
+                f"({_count_classes(names)})",
+            )
         if have_own_images >= len(nested) or have_same_folders:
             note = (
                 f"class folders that hold only folders: {list_examples(names)}; the folders inside "
@@ -694,6 +708,12 @@ def _only_folder(folder: Folder) -> Folder | None:
     """Return the folder inside if there is one, and no image beside it."""
     is_only = len(folder.subfolders) == 1 and not folder.has_images
     return folder.subfolders[0] if is_only else None
+
+
+def _is_version_name(name: str) -> bool:
+    """Return whether a name says how images were processed, like `color` and `segmented`."""
+    words = split_words(name)
+    return bool(words) and all(map(_VERSION_WORD.fullmatch, words))
 
 
 def _images_beside_annotations(folder: Folder) -> Folder | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convlens.data.class_names import check_renamed, unknown_classes
+from convlens.data.class_names import check_renamed, format_rename, unknown_classes
 from convlens.data.image_folder import read_folder
 from convlens.data.image_list import (
     LIST_SUFFIXES,
@@ -167,8 +167,11 @@ def read_listed_folder(
                 known_classes,
                 tested,
             )
-        notes = _compare_with_folders(root, name, lists)
         source = read_class_folders(root, name, rename=options.rename, tested=tested)
+        by_lists = _split_by_lists(source, lists, root)
+        if by_lists is not None:
+            return by_lists
+        notes = _compare_with_folders(root, name, lists)
         return replace(source, notes=(*source.notes, *notes))
     if not lists and has_options:
         raise next(iter(errors.values()))
@@ -185,6 +188,7 @@ def read_listed_folder(
             if not _is_one_to_one(pairs):
                 raise _two_readings(path, pairs, root, name)
     content, ids = _join_lists(root, name, lists, tested=tested)
+    content.notes += _describe_class_names(root, content)
     if not_chosen:
         shown = list_examples([_relative(path, root) for path in not_chosen])
         content.notes.append(f"lists that are not read: {shown}")
@@ -529,6 +533,41 @@ def _read_folders_and_lists(
     return DataSource(name, tuple(classes), parts, tuple(notes))
 
 
+def _split_by_lists(
+    source: DataSource, lists: Mapping[Path, ListContent], root: Path
+) -> DataSource | None:
+    """Return the images of class folders in the splits of `train.csv`, `test.csv`, ...
+
+    None if there are no such lists, or they do not name each image once, or their labels are not
+    the classes of the folders.
+    """
+    split_of = {path: split for path, split in _splits_of_lists(lists, root).items() if split}
+    files: dict[str, str] = {}
+    for path, split in split_of.items():
+        for row in lists[path].rows:
+            if row.file is None or files.setdefault(row.file, split) != split:
+                return None
+    if list(source.parts) != ["train"] or not {"train"} < set(files.values()):
+        return None
+    part = source.parts["train"]
+    if not isinstance(part.images, FilePaths):
+        return None
+    paths = [os.path.abspath(str(part.images[i])) for i in range(len(part.ids))]
+    pairs = {pair for path in split_of for pair in _label_pairs(lists[path], root)}
+    # Images of classes that are left out (`data.without`) were not scanned.
+    others = {_class_folder(file, root) for file in files.keys() - set(paths)}
+    is_complete = files.keys() >= set(paths) and others.isdisjoint(source.classes)
+    if not is_complete or not _is_one_to_one(pairs):
+        return None
+    splits = np.array([files[path] for path in paths])
+    parts = {
+        split: part.subset(np.flatnonzero(splits == split)) for split in SPLITS if split in splits
+    }
+    names = [_relative(path, root) for path in split_of]
+    note = f"splits are those of {list_examples(names)}; classes are the folders"
+    return replace(source, parts=parts, notes=(*source.notes, note))
+
+
 def _names_of_numbers(
     root: Path, labels: set[str], classes: Sequence[str], lists: Mapping[Path, ListContent]
 ) -> tuple[dict[str, str], str]:
@@ -571,6 +610,20 @@ def _names_in_lines(path: Path, classes: Sequence[str]) -> list[str]:
         names = list(filter(None, names))
         if sorted(names) == sorted(classes):
             return names
+    return []
+
+
+def _describe_class_names(root: Path, content: ListContent) -> list[str]:
+    """Return a note if classes are numbers and a file beside the list may name them."""
+    labels = {row.label for row in content.rows}
+    for path in sorted(root.glob("*.txt")):
+        if not re.fullmatch(r"(class|label|categor)\w*\.txt", path.name.lower()):
+            continue
+        names = [line.strip() for line in path.read_text("utf-8", "replace").splitlines()]
+        names = list(filter(None, names))
+        if len(names) > 1 and labels == {str(number) for number in range(len(names))}:
+            rename = format_rename("0", names[0])
+            return [f"classes are numbers; {path.name} may name them, from 0: {rename} ..."]
     return []
 
 

@@ -368,6 +368,19 @@ def test_images_without_labels_are_no_class_silently(tmp_path: Path) -> None:
     assert set(read(flat, only=("cats", "dogs"))[0]["train"]) == {"cats", "dogs"}
 
 
+def test_versions_of_the_same_images_are_no_classes(tmp_path: Path) -> None:
+    """PlantVillage holds its classes three times."""
+    versions = ("color", "grayscale", "segmented")
+    counts = {f"{each}/{name}": 2 for each in versions for name in ("Apple___scab", "Grape___rot")}
+    root = write_files(tmp_path / "x", counts)
+    with pytest.raises(DataError, match="versions of the same images: color, grayscale, segm") as e:
+        read(root)
+    one = f"name one of them: {root / 'color'} (2 classes: Apple___scab, Grape___rot)"
+    assert e.value.fix.startswith(one)
+    assert read(root / "color")[0] == {"train": {"Apple___scab": 2, "Grape___rot": 2}}
+    assert read(root, level="top")[0] == {"train": dict.fromkeys(versions, 4)}
+
+
 def test_masks_inside_class_folders_are_no_images(tmp_path: Path) -> None:
     """The COVID-19 Radiography Database: each class holds `images` and `masks`."""
     counts = {"COVID/images": 3, "COVID/masks": 3, "Normal/images": 2, "Normal/masks": 2}

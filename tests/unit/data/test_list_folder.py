@@ -389,6 +389,61 @@ def test_a_folder_with_a_list_of_test_images_only_says_so(root: Path) -> None:
     assert counts(find_source(str(root), tested=True)) == {"val": 4}
 
 
+# Lists of splits beside class folders
+
+
+def write_eurosat(root: Path, splits: dict[str, tuple[int, ...]]) -> None:
+    for name in ("Crop", "Forest"):
+        write_images(root / name, [f"{name}_{i}" for i in range(4)])
+    for split, numbers in splits.items():
+        rows = [f"{n}/{n}_{i}.png,{k}\n" for k, n in enumerate(("Crop", "Forest")) for i in numbers]
+        (root / f"{split}.csv").write_text("Filename,Label\n" + "".join(rows))
+
+
+def test_lists_of_splits_beside_class_folders_give_the_splits(root: Path) -> None:
+    """EuroSAT: until now the splits were drawn, and test images were trained on."""
+    write_eurosat(root, {"train": (0, 3), "validation": (1,), "test": (2,)})
+    source = read(root)
+    assert (source.classes, counts(source)) == (
+        ("Crop", "Forest"),
+        {"train": 4, "val": 2, "test": 2},
+    )
+    assert list(source.parts["test"].ids) == ["Crop/Crop_2.png", "Forest/Forest_2.png"]
+    assert source.parts["test"].labels.tolist() == [0, 1]
+    note = "splits are those of test.csv, train.csv, validation.csv; classes are the folders"
+    assert note in source.notes
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [
+        {"train": (0, 3), "test": (2,)},  # not all images
+        {"train": (0, 1, 3), "test": (2, 3)},  # an image twice
+        {"val": (0, 1), "test": (2, 3)},  # no list of training images
+    ],
+)
+def test_lists_that_do_not_split_all_images_are_named(
+    root: Path, splits: dict[str, tuple[int, ...]]
+) -> None:
+    write_eurosat(root, splits)
+    source = read(root)
+    assert counts(source) == {"train": 8}
+    notes = "; ".join(source.notes)
+    assert all(f"{split}.csv is not read" in notes for split in splits)
+
+
+def test_a_file_that_may_name_numbered_classes_is_noted(root: Path) -> None:
+    write_images(root / "img")
+    write_list(root / "labels.csv", row=lambda name: f"{name}.png,{int(name[:3] == 'cat')}")
+    (root / "classes.txt").write_text("dog\ncat\n")
+    note = (
+        'classes are numbers; classes.txt may name them, from 0: \'data.rename={"0": "dog"}\' ...'
+    )
+    assert note in read(root).notes
+    (root / "classes.txt").write_text("dog\ncat\nbird\n")
+    assert not any("classes.txt" in note for note in read(root).notes)
+
+
 # Several lists for each split
 
 
