@@ -556,7 +556,8 @@ def _split_by_lists(
     pairs = {pair for path in split_of for pair in _label_pairs(lists[path], root)}
     # Images of classes that are left out (`data.without`) were not scanned.
     others = {_class_folder(file, root) for file in files.keys() - set(paths)}
-    is_complete = files.keys() >= set(paths) and others.isdisjoint(source.classes)
+    scanned = {source.classes[label] for label in set(part.labels.tolist())}
+    is_complete = files.keys() >= set(paths) and others.isdisjoint(scanned)
     if not is_complete or not _is_one_to_one(pairs):
         return None
     splits = np.array([files[path] for path in paths])

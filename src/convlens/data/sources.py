@@ -200,8 +200,10 @@ def find_source(
     if choice.min_images:
         source = _without_small_classes(source, choice.min_images)
     if choice != ClassChoice() and len(source.classes) < 2 and not tested:
+        counts = f"; {source.notes[-1]}" if choice.min_images and source.notes else ""
         raise DataError(
-            f"{len(source.classes)} classes are left: {list_examples(source.classes) or 'none'}",
+            f"{len(source.classes)} classes are left: {list_examples(source.classes) or 'none'}"
+            f"{counts}",
             where=f"data.name={name}",
             fix="change data.classes, data.without or data.min_images",
         )

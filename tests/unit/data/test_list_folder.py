@@ -412,6 +412,16 @@ def test_lists_of_splits_beside_class_folders_give_the_splits(root: Path) -> Non
     assert source.parts["test"].labels.tolist() == [0, 1]
     note = "splits are those of test.csv, train.csv, validation.csv; classes are the folders"
     assert note in source.notes
+    write_images(root / "Lake", ["Lake_0", "Lake_1"])
+    rows = {"train": "Lake/Lake_0.png,2\n", "test": "Lake/Lake_1.png,2\n"}
+    for split, row in rows.items():
+        with (root / f"{split}.csv").open("a") as file:
+            file.write(row)
+    chosen = find_source(str(root), choice=ClassChoice(without=("Forest",)))
+    assert (chosen.classes, counts(chosen)) == (
+        ("Crop", "Lake"),
+        {"train": 3, "val": 1, "test": 2},
+    )
 
 
 @pytest.mark.parametrize(
