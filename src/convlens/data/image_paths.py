@@ -64,8 +64,9 @@ class PathFinder:
     def __init__(self, folder: str, images: str | None = None, name: str = "") -> None:
         self._folder = folder
         self._bases = [folder] if images is None else [images, folder]
-        if name and os.path.isdir(os.path.join(folder, name)):
-            self._bases.append(os.path.join(folder, name))
+        self._namesake = os.path.join(folder, name) if name else ""
+        if self._namesake and os.path.isdir(self._namesake):
+            self._bases.append(self._namesake)
         self._listings = _Listings()
 
     def is_file(self, path: str) -> bool:
@@ -88,6 +89,14 @@ class PathFinder:
             file = next(filter(None, (self._listings.exact(b, path) for b in self._bases)), None)
             files[path] = file or self._find_similar(path, repairs, hints)
         result = Resolution([], hints=hints)
+        in_namesake = sum(
+            file is not None and file == self._listings.exact(self._namesake, path)
+            for path, file in files.items()
+            if self._namesake and not os.path.isabs(path)
+        )
+        if in_namesake:
+            name = self._relative(self._namesake)
+            result.notes.append(f"{in_namesake:,} files were found in {name}")
         self._find_moved(files, result)
         self._find_in_other_folder(files, result)
         self._find_uploaded(files, result)

@@ -230,6 +230,7 @@ def test_paths_may_be_relative_to_a_folder_with_the_name_of_the_list(images: Pat
     for split in ("train", "test"):
         source = find_source(write_csv(images / f"{split}.csv", text), tested=True)
         assert source.parts["train"].images[0] == str(images / split / NAMES[0])
+        assert source.notes[0] == f"6 files were found in {split}"
 
 
 def test_a_file_without_extension_is_judged_by_its_content(images: Path) -> None:
