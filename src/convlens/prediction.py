@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from convlens import metrics
 from convlens.data.arrays import ValueRange, check_range, to_uint8
 from convlens.data.conversion import by_itself_note, not_finite_note
 from convlens.data.decode import Conversion, DeepFacts, DeepReport, Pixels, UnreadableImage
@@ -34,7 +35,7 @@ from convlens.data.input_images import (
 )
 from convlens.device import Plan, preserve_torch_settings, usable_cores
 from convlens.engine import inference
-from convlens.engine.inference import Forward, place_model, probabilities
+from convlens.engine.inference import Forward, place_model
 from convlens.errors import UsageError, check_count
 from convlens.onnx_model import load_model_or_onnx
 from convlens.run import LoadedModel, Preprocessing, RunLike, as_run_dir
@@ -285,7 +286,7 @@ class Predictor:
         reader = ImageReader(self._conversion, value_range=range, max_pixels=max_pixels)
         calibration = self._loaded.calibration
         promises = Promises.of(calibration, min_accuracy, confidence, prediction_set)
-        is_trial = self._loaded.can_choose_memory_format and total >= inference.MIN_TRIAL_IMAGES
+        is_trial = total >= inference.MIN_TRIAL_IMAGES and self._loaded.can_choose_memory_format
         forward = Forward(
             # A copy, since the memory format changes and other threads may be using the model.
             copy.deepcopy(self.module) if is_trial else self.module,
@@ -412,7 +413,7 @@ class ImageTransform:
 
 def iter_predictions(
     loaded: LoadedModel,
-    inputs: Sequence[str] | Inputs,
+    inputs: ImageLike | InputImage | InputBatch | Iterable[ImageLike | InputImage | InputBatch],
     *,
     top_k: int = 1,
     tta: str | None = None,
@@ -425,16 +426,16 @@ def iter_predictions(
 
     Args:
         loaded: the model.
-        inputs: as `collect_inputs` returns them; or paths of files.
+        inputs: as for `predict`, or as `collect_inputs` returns them.
         top_k, tta, device, quiet: as in `predict`.
         promises: thresholds for answers and sets of this model.
         reader: reads the images; by default as the model was trained.
 
     Raises:
-        UsageError: unknown views, or an array that does not hold images.
+        UsageError, DataError: as by `predict`.
     """
     views = inference.select_views(tta)
-    sources = [InputImage(each, each) if isinstance(each, str) else each for each in inputs]
+    sources = collect_inputs(inputs)
     with preserve_torch_settings():
         plan = place_model(loaded.model, loaded.select_device(device))
     forward = Forward(
@@ -506,7 +507,7 @@ def _predict_batch(
     names = [entry.name for entry in batch if entry.pixels is not None]
     with settings():
         outputs = _run_network(readable, loaded, forward)
-    answers = _answers(outputs, names, k, loaded, promises)
+    answers = iter(_answers(outputs, names, k, loaded, promises))
     return [
         Prediction(entry.name, error=entry.error) if entry.pixels is None else next(answers)
         for entry in batch
@@ -524,24 +525,27 @@ def _answers(
     k: int,
     loaded: LoadedModel,
     promises: Promises,
-) -> Iterator[Prediction]:
-    """Yield the prediction for each row of a batch; `names` are the file names."""
+) -> list[Prediction]:
+    """Return the prediction for each row of a batch; `names` are the file names."""
     probs = outputs.probs
-    top, tta_top = _top_classes(probs, k, loaded), _top_classes(outputs.tta_probs, k, loaded)
-    unsure = promises.unsure(probs).tolist()
+    tops, tta_tops = _top_classes(probs, k, loaded), _top_classes(outputs.tta_probs, k, loaded)
     sets = _set_classes(probs, loaded, promises)
     scores = _outlier_scores(outputs, loaded)
+    answers = []
     for row, name in enumerate(names):
+        top = tops[row]
         score = None if scores is None else float(scores[row])
-        yield Prediction(
+        answer = Prediction(
             name,
-            next(top),
-            tta_top=next(tta_top, ()),
-            unsure=unsure[row],
+            top,
+            tta_top=tta_tops[row] if tta_tops else (),
+            unsure=top[0][1] < promises.answer_from,
             prediction_set=None if sets is None else sets[row],
             unlike=None if score is None else score > 0,
             unlike_score=score,
         )
+        answers.append(answer)
+    return answers
 
 
 def _set_classes(
@@ -571,14 +575,19 @@ def _outlier_scores(outputs: BatchOutputs, loaded: LoadedModel) -> np.ndarray | 
 
 def _top_classes(
     probs: npt.NDArray[np.float64], k: int, loaded: LoadedModel
-) -> Iterator[tuple[tuple[str, float], ...]]:
-    """Yield the `k` most probable classes of each row."""
+) -> list[tuple[tuple[str, float], ...]]:
+    """Return the `k` most probable classes of each row; of equal ones the first in the order."""
     if not len(probs):
-        return
-    order = np.argsort(-probs, axis=1, kind="stable")[:, :k]
-    best = probs[np.arange(len(probs))[:, None], order]  # faster than `take_along_axis`
-    for classes, row in zip(order.tolist(), best.tolist(), strict=True):
-        yield tuple((loaded.classes[i], prob) for i, prob in zip(classes, row, strict=True))
+        return []
+    classes = loaded.classes
+    if k == 1:  # without sorting
+        best = probs.argmax(axis=1).tolist()
+        return [((classes[i], row.item(i)),) for i, row in zip(best, probs, strict=True)]
+    order = np.argsort(-probs, axis=1, kind="stable")[:, :k].tolist()
+    return [
+        tuple((classes[i], row.item(i)) for i in ranked)
+        for ranked, row in zip(order, probs, strict=True)
+    ]
 
 
 class InputEntry(NamedTuple):
@@ -622,7 +631,8 @@ class ImageReader:
         if self.value_range is not None:
             self.conversion = replace(self.conversion, value_range=self.value_range)
         self._total = 0
-        self._by_itself, self._not_finite = list[str](), list[str]()  # names
+        self._by_itself: list[str] = []  # names
+        self._not_finite: list[str] = []
         self._share = 0.0  # sum of the shares of values that are not finite
 
     def read(self, image: InputImage, report: DeepReport | None = None) -> Pixels:
@@ -667,15 +677,15 @@ class ImageReader:
                 InputEntry(str(number), pixels, facts=self._facts_of(image))
                 for number, (image, pixels) in enumerate(images, task.first)
             ]
-        entries: list[InputEntry] = []
-        for each in task:
-            found = list[DeepFacts]()
-            try:
-                pixels = self.read(each, found.append)
-                entries.append(InputEntry(each.name, pixels, facts=found[0] if found else None))
-            except UnreadableImage as error:
-                entries.append(InputEntry(each.name, None, error.reason))
-        return entries
+        return list(map(self._read_entry, task))
+
+    def _read_entry(self, image: InputImage) -> InputEntry:
+        found: list[DeepFacts] = []
+        try:
+            pixels = self.read(image, found.append)
+        except UnreadableImage as error:
+            return InputEntry(image.name, None, error.reason)
+        return InputEntry(image.name, pixels, facts=found[0] if found else None)
 
     def count(self, entry: InputEntry) -> None:
         """Count an image for `notes`."""
@@ -719,7 +729,7 @@ def _read_inputs(inputs: Inputs, reader: ImageReader) -> Iterator[list[InputEntr
     fitting = max(IMAGES_PER_TASK, fitting // IMAGES_PER_TASK * IMAGES_PER_TASK)
     size = min(MAX_BATCH_IMAGES, fitting)
     if len(inputs) <= IMAGES_PER_TASK and count_images(inputs) <= size:  # not worth any threads
-        tasks = _split_tasks(inputs, size)
+        tasks = (each if isinstance(each, InputBatch) else [each] for each in inputs)
         yield [entry for task in tasks for entry in reader.read_task(task)]
         return
     pool = ThreadPoolExecutor(max_workers=usable_cores())
@@ -781,22 +791,18 @@ def _run_network(images: Sequence[Pixels], loaded: LoadedModel, forward: Forward
     # Joining a single array or tensor would take as long as a small layer. The copy is writable;
     # torch warns of other arrays.
     batch = images[0][None].copy() if len(images) == 1 else np.stack(images)
-    outputs = list(forward.outputs(torch.from_numpy(batch)))
-    temperature = loaded.calibration.temperature
-    logits = _join([each.logits for each in outputs])
-    probs = probabilities(logits, temperature)
-    augmented = [each.tta_logits for each in outputs if each.tta_logits is not None]
-    features = [each.features for each in outputs if each.features is not None]
+    outputs = inference.join_outputs(list(forward.outputs(torch.from_numpy(batch))))
+    temperature, augmented = loaded.calibration.temperature, outputs.tta_logits
+    logits = outputs.logits.numpy(force=True)
+    probs = metrics.softmax(logits, temperature)
     return BatchOutputs(
-        logits.numpy(),
+        logits,
         probs,
-        probabilities(_join(augmented), temperature) if augmented else probs[:0],
-        _join(features).numpy() if features else None,
+        probs[:0]
+        if augmented is None
+        else metrics.softmax(augmented.numpy(force=True), temperature),
+        None if outputs.features is None else outputs.features.numpy(force=True),
     )
-
-
-def _join(tensors: Sequence[Tensor]) -> Tensor:
-    return (tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))).cpu()
 
 
 @preserve_torch_settings()

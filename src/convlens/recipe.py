@@ -52,7 +52,7 @@ OTHER_NAMES = {
     "optim.schedule": ("scheduler", "lrscheduler", "lrschedule"),
     "optim.weight_decay": ("wd",),
     "optim.loss": ("criterion", "lossfunction", "lossfn"),
-    "train.epochs": ("numepochs", "nepochs", "maxepochs"),
+    "train.epochs": ("epoch", "numepochs", "nepochs", "maxepochs"),
     "train.batch_size": ("batch", "bs"),
     "train.patience": ("earlystopping",),
     "train.precision": ("amp", "mixedprecision", "fp16", "bf16"),
@@ -111,6 +111,9 @@ class DataConfig(Section):
         path_column, label_column, split_column: columns of a list of images, if they are not found
             by their names; `split_column: none` reads no column as the split.
         images: the folder that the paths of a list are relative to.
+        lists: which lists of a folder are read if there are several for each split: what their
+            names have in common, such as `2` for `train2.txt` and `test2.txt`, or `variant` for
+            `images_variant_train.txt`.
         rename: new names of classes, `{"old": "new"}`, both in quotes if they are numbers; classes
             with the same name become one.
         balance: how often an epoch draws the images of each class. `none` draws each image once;
@@ -144,6 +147,7 @@ class DataConfig(Section):
     label_column: str | None = None
     split_column: str | None = None
     images: str | None = None
+    lists: str | None = None
     rename: dict[str, str] | None = None
     per_class: Positive | None = None
     total_per_class: Positive | None = None
@@ -173,6 +177,12 @@ class DataConfig(Section):
         if value != "auto" and not value[0] < value[1]:
             raise ValueError("the first number must be smaller than the second")
         return value
+
+    @field_validator("lists", mode="before")
+    @classmethod
+    def _to_name(cls, value: Any) -> Any:
+        """Accept `data.lists=2`, a number in YAML."""
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @field_validator("classes", "without", mode="before")
     @classmethod
@@ -462,13 +472,23 @@ def load_recipe(
             # A color such as `#ffffff` would be a comment in YAML.
             is_color = value.lstrip().startswith("#")
             parsed = value if is_color else yaml.parse_yaml(value, where=shorten(override))
-            _set_key(tree, key.strip(), parsed)
+            _set_key(tree, key.strip(), _with_values(parsed))
         except UsageError as error:
             problems.append(f"{error.where}: {error.what}" if error.where else error.what)
     overridden = {text.partition("=")[0].strip() for text in overrides}
     return _check_tree(
         tree, where=where, problems=problems, lines=lambda: _lines(source, overridden)
     )
+
+
+def _with_values(parsed: Any) -> Any:
+    """Return `{a: b}` for `{a:b}`, in which YAML sees the name `a:b` without a value."""
+    if not isinstance(parsed, dict) or any(value is not None for value in parsed.values()):
+        return parsed
+    pairs = [str(key).partition(":") for key in parsed]
+    if not all(value for _, _, value in pairs):
+        return parsed
+    return {key: yaml.parse_yaml(value, where=key) for key, _, value in pairs}
 
 
 def _read_tree(
@@ -695,6 +715,9 @@ def _describe_errors(key: str, errors: Sequence[Any]) -> str:
     hint = _hint_about_number(key, value, [error["type"] for error in errors])
     if hint:
         return f"{received}: {hint}"
+    pair = re.fullmatch(r"\s*([^:{}]+?)\s*(?::|=|->)\s*([^:{}]+?)\s*", str(value))
+    if pair and any(error["type"] == "dict_type" for error in errors):
+        return f"{received}: write {key}={{{pair[1]}: {pair[2]}}}, in quotes for a shell"
     expected = [_expected_values(error) for error in errors]
     if all(expected):
         *others, last = dict.fromkeys(itertools.chain.from_iterable(expected))

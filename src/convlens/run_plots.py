@@ -16,13 +16,13 @@ from torch.nn.functional import interpolate
 
 from convlens import metrics
 from convlens.data.audit import Audit
-from convlens.data.dataset import Data, Split, load_data
+from convlens.data.dataset import Data, Split
 from convlens.data.loader import Augment, to_unit
 from convlens.data.transforms.pipeline import build_pipeline
 from convlens.data.transforms.random import SampleInfo
-from convlens.device import derive_seed, memory_budget
+from convlens.device import derive_seed
 from convlens.errors import UsageError
-from convlens.recipe import Recipe, resolve_auto
+from convlens.recipe import Recipe
 from convlens.run import PLOTS_DIR, RunDir, safe_name
 from convlens.utils import options
 
@@ -124,30 +124,36 @@ def plot_data_sheet(report: Audit) -> Path:
     return path
 
 
-def plot_augmented_sheet(recipe: Recipe) -> Path:
-    """Write a batch of a recipe's training images before and after augmentation; return its path.
+def check_augmentation(recipe: Recipe) -> None:
+    """Check that a recipe has an augmentation to draw, before any image is read.
 
     Raises:
-        UsageError: the recipe has no augmentation, or names or parameters of it are invalid.
+        UsageError: it has none, or names or parameters of it are invalid.
     """
-    from convlens import plots
-
-    build_pipeline(recipe.operations)  # reports errors before any image is read
+    build_pipeline(recipe.operations)
     if not recipe.augment:
         raise UsageError(
             f"recipe {recipe.name!r} augments nothing",
             fix="`convlens recipes NAME` shows what a recipe does, under augment",
         )
-    data = load_data(recipe.data, memory_budget=memory_budget("cpu"))
-    data.print_notes()
-    size, channels = data.image_size, data.channels
-    count = int(data.train.labels.numel())
-    resolved = resolve_auto(recipe, images=count, image_size=size, channels=channels)
+
+
+def plot_augmented_sheet(recipe: Recipe, data: Data) -> Path:
+    """Write a batch of training images before and after augmentation; return its path.
+
+    Args:
+        recipe: as it is trained, without `auto`.
+    """
+    from convlens import plots
+
     pipeline = build_pipeline(
-        resolved.operations, image_size=size, channels=channels, classes=len(data.classes)
+        recipe.operations,
+        image_size=data.image_size,
+        channels=data.channels,
+        classes=len(data.classes),
     )
-    path = PLOTS_DIR / f"augmented-{safe_name(data.name)}-{safe_name(resolved.name)}.png"
-    figure = _draw_augmented(data, pipeline, f"{data.name}, augmented as in {resolved.name}")
+    path = PLOTS_DIR / f"augmented-{safe_name(data.name)}-{safe_name(recipe.name)}.png"
+    figure = _draw_augmented(data, pipeline, f"{data.name}, augmented as in {recipe.name}")
     plots.save_figure(figure, path)
     return path
 

@@ -11,11 +11,13 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, strategies as st
 from PIL import Image
 
 from convlens import Run, predict
@@ -25,8 +27,15 @@ from convlens.data.input_images import collect_inputs
 from convlens.device import Plan
 from convlens.engine.inference import split_logits
 from convlens.errors import UsageError
-from convlens.prediction import Prediction, Predictor, all_probabilities, iter_predictions
-from convlens.run import RunDir, load_model
+from convlens.metrics import softmax
+from convlens.prediction import (
+    Prediction,
+    Predictor,
+    _top_classes,
+    all_probabilities,
+    iter_predictions,
+)
+from convlens.run import LoadedModel, RunDir, load_model
 from convlens.uncertainty.calibration import ModelCalibration, OutlierDetector, ReservedOutputs
 from helpers.commands import (
     brightness_model,
@@ -193,8 +202,8 @@ def test_the_table_prints_names_that_look_like_markup(tmp_path: Path) -> None:
 def test_file_names_can_be_given_on_stdin(model: RunDir) -> None:
     files()
     text = "1.png\n\n  0.png  \n"
-    for given in ([], ["-"]):
-        predictions = here("predict", model.path, *given, "--json", stdin=text).json["predictions"]
+    for names in ([], ["-"]):
+        predictions = here("predict", model.path, *names, "--json", stdin=text).json["predictions"]
         assert [each["filename"] for each in predictions] == ["1.png", "0.png"]
 
 
@@ -515,6 +524,48 @@ def test_an_opened_model_gives_the_predictions_of_the_run(model: RunDir) -> None
     assert opened.predict([]) == []
     assert (opened.classes, opened.device) == (("dark", "light"), "cpu")
     assert not opened.module.training
+
+
+def test_a_single_image_has_the_bits_of_a_plain_forward_pass(model: RunDir) -> None:
+    """Decode, normalize, run the network, softmax, sort: nothing else may happen to an image."""
+    loaded = load_model(model.model_path)
+    pre, plan, opened = loaded.preprocessing, Plan("cpu", "fp32", "contiguous"), Run(model).open()
+    for seed in range(3):
+        image = np.random.default_rng(seed).integers(0, 256, (9, 8, 3), np.uint8)
+        path = Path(f"{seed}.png")
+        Image.fromarray(image).save(path)
+        pixels = torch.from_numpy(decode(path, size=8, channels=pre.channels, fit=pre.fit)[None])
+        with torch.inference_mode():
+            probs = softmax(loaded.model(pre.normalize(pixels, plan)).numpy())[0].tolist()
+        ranked = sorted(zip(loaded.classes, probs, strict=True), key=lambda pair: -pair[1])
+        for top_k in (1, 2):
+            expected = tuple(ranked[:top_k])
+            for form in (path, image):
+                assert opened.predict(form, top_k=top_k)[0].top == expected
+            (yielded,) = iter_predictions(loaded, path, top_k=top_k, device="cpu")
+            assert yielded.top == expected
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=5, max_size=5), max_size=4))
+def test_the_most_probable_class_is_the_first_of_all_in_order(weights: list[list[int]]) -> None:
+    """With few values there are many ties, which the order of the classes decides."""
+    probs = np.array(weights, np.float64).reshape(-1, 5)
+    loaded = cast(LoadedModel, SimpleNamespace(classes=tuple("abcde")))
+    expected = [sorted(zip("abcde", row, strict=True), key=lambda p: -p[1]) for row in probs]
+    for k in (1, 2, 5):
+        assert _top_classes(probs, k, loaded) == [tuple(row[:k]) for row in expected]
+
+
+def test_predictions_are_yielded_for_every_form_of_images(model: RunDir) -> None:
+    loaded = load_model(model.model_path)
+    images = np.random.default_rng(0).integers(0, 256, (3, 9, 8, 3), np.uint8)
+    expected = predict(model, images, device="cpu")
+    forms: list[Any] = [images, list(images), collect_inputs(images), collect_inputs(images)[0]]
+    for form in forms:
+        got = list(iter_predictions(loaded, form, device="cpu", quiet=True))
+        assert got == expected
+    with pytest.raises(UsageError, match="'dict' is not an image"):
+        list(iter_predictions(loaded, cast(Any, {"a": 1}), device="cpu"))
 
 
 def test_an_opened_model_reads_its_file_once(

@@ -242,6 +242,7 @@ def test_names_of_other_tools_belong_to_keys_and_are_no_keys() -> None:
         ("data=mnist", "data is a section (did you mean data.name=mnist?)"),
         ("train=5", "train is a section; write train.KEY=VALUE"),
         ("data.image_size=224,224", "write one number: data.image_size=224"),
+        ("data.rename=a:b", "write data.rename={a: b}, in quotes for a shell"),
         ("data.image_size=[224, 320]", "write one number: data.image_size=224"),
         ("data.image_size=32x32", "write one number: data.image_size=32"),
         ("data.image_size=abc", "data.image_size='abc': must be a whole number or auto"),
@@ -277,6 +278,13 @@ def test_all_errors_are_reported_at_once() -> None:
     assert "train.epochs=-1" in message
     more = refused("data.nam=x", "optim.lr=nan", "train.epochs=-1", "foo=1", "optim.ema=2")
     assert "(and 2 more)" in more
+
+
+def test_a_mapping_needs_no_blank_after_the_colon() -> None:
+    loaded = recipe.load_recipe("digits", ["optim.class_weights={a:2,b:0.5}", "data.rename={x:y}"])
+    assert loaded.optim.class_weights == {"a": 2.0, "b": 0.5}
+    assert loaded.data.rename == {"x": "y"}
+    assert "must be" in refused("data.rename={x}")
 
 
 def test_override_without_equals_sign_is_explained() -> None:

@@ -396,7 +396,7 @@ def augment(
     figures: Figures = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw a batch of training images before and after a recipe's augmentation.
+    """Draw a batch of training images before and after a recipe's augmentation, as in training.
 
     Examples:
         convlens augment tiny-cpu cifar10
@@ -404,10 +404,13 @@ def augment(
     """
     from convlens import run_plots
     from convlens.cli.results import print_augmented_sheet
-    from convlens.training import resolve
+    from convlens.training import resolve, setup
 
-    resolved = resolve.recipe_for_dataset(recipe, data, overrides or [])
-    sheet = run_plots.plot_augmented_sheet(resolved)
+    requested = resolve.recipe_for_dataset(recipe, data, overrides or [])
+    run_plots.check_augmentation(requested)
+    resolved, images = setup.load_for_training(requested)
+    images.print_notes()
+    sheet = run_plots.plot_augmented_sheet(resolved, images)
     if not as_json:
         print_augmented_sheet(sheet)
     print_json(as_json, {"data": data, "recipe": resolved.name, "augmented_batch": str(sheet)})

@@ -155,8 +155,11 @@ def _possible_layouts(shape: tuple[int, ...], channels: str | None) -> list[str]
         layouts.append("HWC" if len(shape) == 3 else "NHWC")
     if first in CHANNEL_COUNTS:
         layouts.append("CHW" if len(shape) == 3 else "NCHW")
-    # Two values are gray and alpha, which is not supported, rather than a width.
-    is_grey_batch = last not in (2, *CHANNEL_COUNTS) or last == middle or channels == "none"
+    # Two values are gray and alpha, which is not supported, rather than a width; unless the first
+    # axis can hold the channels, so that a width of 2 is possible.
+    is_pair = last == 2 and first not in CHANNEL_COUNTS
+    is_grey_batch = last not in CHANNEL_COUNTS and not is_pair
+    is_grey_batch = is_grey_batch or last == middle or channels == "none"
     if len(shape) == 3 and is_grey_batch:
         layouts.append("NHW")
     return layouts

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ from convlens.data.layout import (
     printable,
     raise_problems,
     split_from_name,
+    split_words,
 )
 from convlens.data.scan import MAX_DEPTH, Folder, Scanner, enter_wrappers, is_image
 from convlens.errors import DataError
@@ -52,6 +54,11 @@ from convlens.errors import DataError
 _LIST_EXTENSIONS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
 # Folders, and lists in each, that are searched for a list to name in an error.
 MAX_SEARCHED_FOLDERS, MAX_SEARCHED_LISTS = 50, 20
+_VERSION_WORD = re.compile(
+    r"colou?rs?|gr[ae]y(scale)?|rgb|hsv|bw|segment(ed|ation)|augment(ed|ation)|original|raw|resized"
+    r"|cropped|processed|preprocessed|depth|n?ir|infrared|thermal|edges?|images?|data"
+)
+_UNLABELED = re.compile(r"(^|[^a-z])unlabell?ed([^a-z]|$)")
 
 
 @dataclass(frozen=True)
@@ -496,6 +503,7 @@ class _LayoutFinder:
         if not self._class_names(main):
             raise self._no_classes(main)
         self._refuse_annotations(main.classes)
+        self._refuse_unlabeled(main.classes)
         for body in bodies.values():
             body.classes = self._without_annotations(body.classes)
         level = self._class_level(main.classes)
@@ -509,12 +517,42 @@ class _LayoutFinder:
             if level == "leaf":
                 splits[split] = list(_leaf_folders(body))
             else:
-                splits[split] = [ClassFolder(class_name(f), f.path) for f in body.classes]
+                splits[split] = list(map(self._class_folder, body.classes))
         if not main.classes:
             example = printable(_image_names(main.folder)[0])
             names = list_examples(sorted(self._class_names(main)))
             self._note(f"classes are read from the names of the files ({example}): {names}")
         return splits
+
+    def _class_folder(self, folder: Folder) -> ClassFolder:
+        """Return a class; if it holds `images` and `masks`, only the former are its images."""
+        images = _images_beside_annotations(folder)
+        if images is None or self._options.class_level == "top":
+            return ClassFolder(class_name(folder), folder.path)
+        name = printable(images.name)
+        note = f"only the folder {name} of each class is read, not the annotations beside it"
+        if note not in self._layout.notes:
+            self._note(note)
+        return ClassFolder(class_name(folder), images.path)
+
+    def _refuse_unlabeled(self, folders: Sequence[Folder]) -> None:
+        """Raise an error if a folder seems to hold images without labels, beside classes."""
+        folders = self._without_left_out(folders)
+        unlabeled = [f for f in folders if _UNLABELED.search(f.name.casefold())]
+        names = sorted(class_name(folder) for folder in folders if folder not in unlabeled)
+        left_out = list(map(class_name, unlabeled))
+        is_settled = self._options.layout == "classes" or bool(self._choice.only)
+        is_settled = is_settled or set(left_out) <= set(self._options.known_classes)
+        if not unlabeled or not names or is_settled:
+            return
+        inside = f"what is inside {names[0]}" if len(names) == 1 else _count_classes(names)
+        raise DataError(
+            f"these folders could hold images without labels, or be classes: "
+            f"{list_examples(left_out)}",
+            where=str(self._root),
+            fix=f"{list_override('data.without', left_out)} ({inside}) or data.layout=classes "
+            f"({_count_classes(sorted([*names, *left_out]))})",
+        )
 
     def _refuse_annotations(self, folders: Sequence[Folder]) -> None:
         """Raise an error if folders seem to be images and their annotations, not classes."""
@@ -624,6 +662,17 @@ class _LayoutFinder:
         subfolders = sorted({printable(f.name) for folder in nested for f in folder.subfolders})
         have_own_images = sum(folder.has_images for folder in used)
         have_same_folders = len(set(inside)) == 1 and len(nested) > 1
+        if all(_images_beside_annotations(folder) for folder in nested):
+            return "top"
+        if have_same_folders and not have_own_images and all(map(_is_version_name, names)):
+            first = self._shown(nested[0])
+            raise DataError(
+                f"these folders look like versions of the same images: {list_examples(names)}",
+                where=str(self._root),
+                fix=f"name one of them: {os.path.join(self._root, first)} "
+                f"({_count_classes(subfolders)}), or data.class_level=top "
+                f"({_count_classes(names)})",
+            )
         if have_own_images >= len(nested) or have_same_folders:
             note = (
                 f"class folders that hold only folders: {list_examples(names)}; the folders inside "
@@ -659,6 +708,20 @@ def _only_folder(folder: Folder) -> Folder | None:
     """Return the folder inside if there is one, and no image beside it."""
     is_only = len(folder.subfolders) == 1 and not folder.has_images
     return folder.subfolders[0] if is_only else None
+
+
+def _is_version_name(name: str) -> bool:
+    """Return whether a name says how images were processed, like `color` and `segmented`."""
+    words = split_words(name)
+    return bool(words) and all(map(_VERSION_WORD.fullmatch, words))
+
+
+def _images_beside_annotations(folder: Folder) -> Folder | None:
+    """Return the folder of images if all others inside hold annotations, such as masks."""
+    inner = [f for f in folder.subfolders if f.holds_images]
+    images = [f for f in inner if not is_annotation_name(f.name)]
+    is_pair = len(images) == 1 < len(inner) and is_neutral_name(images[0].name)
+    return images[0] if is_pair and not folder.has_images else None
 
 
 def _labeled_files(folder: Folder) -> list[ClassFolder]:

@@ -26,6 +26,7 @@ from convlens.data.class_names import (
     unknown_classes,
 )
 from convlens.data.image_paths import PathFinder
+from convlens.data.joined_lists import find_joined_lists
 from convlens.data.layout import (
     SPLITS,
     Problem,
@@ -42,7 +43,7 @@ from convlens.data.list_columns import (
     interpret_table,
     is_known_column,
 )
-from convlens.data.table_files import TABLE_READERS, read_table
+from convlens.data.table_files import TABLE_READERS, Table, read_table
 from convlens.data.types import DataSource, FilePaths, Part, is_image_name
 from convlens.errors import DataError, UsageError
 
@@ -152,6 +153,10 @@ def read_list(
         DataError: lists everything that is wrong.
         UsageError: the file lacks a column that `options` names.
     """
+    if options.lists is not None:
+        raise UsageError(
+            "data.lists applies only to folders with several lists", where=f"data.name={name}"
+        )
     content = read_rows(path, options)
     split = split_from_name(path.stem)
     siblings = [
@@ -162,6 +167,12 @@ def read_list(
     if split is not None and siblings and {row.split for row in content.rows} == {"train"}:
         content.notes.append(
             f"not read: {list_examples(siblings)}; to read all splits, name the folder"
+        )
+    joined = find_joined_lists(path.parent)
+    if joined is not None and joined.folder == path.parent:
+        content.notes.append(
+            f"{path.name} is one of several lists that belong together; to read all of them, with "
+            "their splits, name the folder"
         )
     ids = [row.path for row in content.rows]
     return make_source(
@@ -176,11 +187,23 @@ def read_rows(path: Path, options: ListOptions) -> ListContent:
         DataError: the file is not a list of images.
         UsageError: a column or folder that `options` names does not exist.
     """
-    table = read_table(path, is_known_column)
+    folder = os.path.dirname(os.path.abspath(path))
+    return rows_of_table(read_table(path, is_known_column), path, folder, options)
+
+
+def rows_of_table(table: Table, path: Path, folder: str, options: ListOptions) -> ListContent:
+    """Return the rows of a table, before they are checked.
+
+    Args:
+        path: the list, or the folder of several, for messages.
+        folder: the paths are relative to it.
+
+    Raises:
+        DataError, UsageError: as by `read_rows`.
+    """
     if not table.lines:
         raise DataError("this file lists no images", where=str(path), fix=COLUMNS_HELP)
-    folder = os.path.dirname(os.path.abspath(path))
-    finder = PathFinder(folder, _images_folder(folder, options.images))
+    finder = PathFinder(folder, _images_folder(folder, options.images), path.stem)
     cells = interpret_table(
         table, str(path), options, share_of_files=finder.share, is_file=finder.is_file
     )
@@ -332,8 +355,13 @@ def _check_rows(
     fix = "fix these lines and run the same command again"
     if missing.items:
         fix = content.fix or f"{fix}, or name the folder of the images: data.images=FOLDER"
-    elif {"0", "1"} <= {row.split_cell for row in rows if row.split is None} <= set("012"):
+    elif (unknown := {row.split_cell for row in rows if row.split is None}) == set("012"):
         fix = "name this column `partition` if 0, 1, 2 mean train, val, test, as in CelebA"
+    elif unknown == {"0", "1"}:
+        fix = (
+            "name this column `is_test` if 1 marks test images, `is_train` if it marks training "
+            "images, or set data.split_column=none"
+        )
     raise_problems(problems, where, fix)
     return names
 

@@ -57,11 +57,16 @@ class PathFinder:
     Args:
         folder: the folder of the list; its paths are relative to it.
         images: another folder that they may be relative to (`data.images`).
+        name: of the list without its suffix. Its paths may also be relative to a folder of this
+            name beside it, such as `test` beside `test.csv`.
     """
 
-    def __init__(self, folder: str, images: str | None = None) -> None:
+    def __init__(self, folder: str, images: str | None = None, name: str = "") -> None:
         self._folder = folder
         self._bases = [folder] if images is None else [images, folder]
+        self._namesake = os.path.join(folder, name) if name else ""
+        if self._namesake and os.path.isdir(self._namesake):
+            self._bases.append(self._namesake)
         self._listings = _Listings()
 
     def is_file(self, path: str) -> bool:
@@ -84,6 +89,14 @@ class PathFinder:
             file = next(filter(None, (self._listings.exact(b, path) for b in self._bases)), None)
             files[path] = file or self._find_similar(path, repairs, hints)
         result = Resolution([], hints=hints)
+        in_namesake = sum(
+            file is not None and file == self._listings.exact(self._namesake, path)
+            for path, file in files.items()
+            if self._namesake and not os.path.isabs(path)
+        )
+        if in_namesake:
+            name = self._relative(self._namesake)
+            result.notes.append(f"{in_namesake:,} files were found in {name}")
         self._find_moved(files, result)
         self._find_in_other_folder(files, result)
         self._find_uploaded(files, result)
@@ -331,6 +344,9 @@ def _clean(path: str) -> tuple[str, list[str]]:
     elif is_file_url(text):
         text = path_of_file_url(text)
         changes.append("from a file:// address")
+    elif re.search(r"%[0-9A-Fa-f]{2}", text):
+        text = unquote(text)
+        changes.append("with blanks and other characters for %20 and the like")
     if "\\" in text:
         text = text.replace("\\", "/")
         changes.append("with / for \\")

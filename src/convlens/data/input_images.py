@@ -20,6 +20,7 @@ from torch import Tensor
 from convlens.data.arrays import LAYOUTS, as_array, is_array, to_nchw
 from convlens.data.decode import MAX_BYTES, UnreadableImage, has_second_image, probe_image
 from convlens.data.file_types import unsupported_format
+from convlens.data.image_paths import is_file_url, path_of_file_url
 from convlens.data.layout import printable
 from convlens.data.scan import Scanner
 from convlens.data.types import is_image_name
@@ -67,14 +68,15 @@ Inputs = Sequence[InputImage | InputBatch]
 
 
 def collect_inputs(
-    inputs: ImageLike | InputImage | Iterable[ImageLike | InputImage],
+    inputs: ImageLike | InputImage | InputBatch | Iterable[ImageLike | InputImage | InputBatch],
     *,
     channels: str | None = None,
 ) -> list[InputImage | InputBatch]:
     """Return everything that `predict` takes in one form. Nothing is decoded yet.
 
     Args:
-        inputs, channels: as for `predict`.
+        inputs: as for `predict`; what is collected already stays as it is.
+        channels: as for `predict`.
 
     Raises:
         UsageError, DataError: as by `predict`.
@@ -116,7 +118,16 @@ def count_images(inputs: Inputs) -> int:
 
 
 def _is_one_image(value: object) -> bool:
-    kinds = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, InputImage)
+    kinds = (
+        str,
+        InputImage,
+        InputBatch,
+        bytes,
+        bytearray,
+        memoryview,
+        Image.Image,
+        os.PathLike,  # last: an abstract class takes longest
+    )
     return isinstance(value, kinds) or hasattr(value, "read")
 
 
@@ -127,7 +138,7 @@ def _from_memory(value: Any, number: int, channels: str | None) -> InputImage | 
         number: of images before it.
     """
     name = str(number)
-    if isinstance(value, InputImage):
+    if isinstance(value, InputImage | InputBatch):
         return value
     if isinstance(value, bytes | bytearray | memoryview):
         try:
@@ -218,6 +229,8 @@ def _expand_path(path: str, missing: list[str]) -> list[str]:
     """Return the files that a path stands for; add it to `missing` if there are none."""
     if os.path.isfile(path):
         return [path]
+    if path.startswith("~") or is_file_url(path):
+        path = os.path.expanduser(path_of_file_url(path) if is_file_url(path) else path)
     if os.path.isdir(path):
         return _images_in_folders([path], missing)
     if os.path.exists(path) or not glob.has_magic(path):  # a pipe, or a file that is missing

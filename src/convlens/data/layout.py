@@ -64,7 +64,10 @@ _CAMERA_WORD = re.compile(
     r"|bild|vid(eo)?|mvi|gopr|dji|snapshot|download|unnamed|train|val|test|x|y|copy)s?"
 )
 # Text files that are not lists of labeled images although they may look like one.
-OTHER_TEXT_FILES = re.compile(r"readme|licen[sc]e|requirements|submission|^(classes|labels)\.txt$")
+OTHER_TEXT_FILES = re.compile(
+    r"readme|licen[sc]e|requirements|submission|^(classes|labels)\.txt$"
+    r"|(^|[_. -])(b|bounding[_ -]?)?box(es)?\.txt$"
+)
 MAX_EXAMPLES = 5  # items that a message lists before it counts the others
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from convlens.data.class_names import strip_invisible
 from convlens.data.layout import (
+    SPLIT_WORDS,
     group_by_label,
     list_examples,
     match_split_names,
@@ -76,6 +77,9 @@ LABEL_COLUMNS = (
     "class",
     "classname",
     "labelname",
+    "classlabel",
+    "imagelabel",
+    "truelabel",
     "category",
     "categoryname",
     "classes",
@@ -135,6 +139,7 @@ MAX_UNIQUE_LABELS = 10  # lines of a list whose labels may all differ
 NONE = "none"  # value of data.split_column: no column is read as the split
 
 _FER2013 = {"publictest": "val", "privatetest": "test"}  # the competition's validation and test
+_SHORT = {"tr": "train", "trn": "train", "va": "val", "vl": "val", "te": "test", "ts": "test"}
 _CELEBA = {"0": "train", "1": "val", "2": "test"}
 _TRUE = frozenset({"true", "t", "yes", "y", "1", "1.0"})
 _FALSE = frozenset({"false", "f", "no", "n", "0", "0.0", ""})
@@ -153,6 +158,8 @@ class ListOptions:
         group: a column; images with equal values stay in one split.
         images: the folder that the paths are relative to, itself relative to the folder of the
             list or to the current one.
+        lists: which lists of a folder are read if there are several for each split: what their
+            names have in common, such as `2` for `train2.txt` and `test2.txt`.
         rename: new names of classes.
     """
 
@@ -161,6 +168,7 @@ class ListOptions:
     split_column: str | None = None
     group: str | None = None
     images: str | None = None
+    lists: str | None = None
     rename: Mapping[str, str] | None = None
 
 
@@ -460,7 +468,9 @@ def _find_label_column(columns: _Columns, options: ListOptions) -> int | None:
             "two columns may be the label and disagree: "
             f"{columns.describe(chosen)} and {columns.describe(other)}",
             where=columns.where,
-            fix=" or ".join(
+            fix="give the two columns different names"
+            if columns.names[chosen] == columns.names[other]
+            else " or ".join(
                 f"data.label_column={_quote(columns.names[column])}" for column in (chosen, other)
             ),
         )
@@ -654,7 +664,12 @@ def _use_splits(
 def _split_readings(columns: _Columns, has_labels: bool) -> list[_SplitReading]:
     """Return the readings of all columns that hold splits."""
     readings = []
-    for column in columns.find(SPLIT_COLUMNS):
+    named_after_several = [
+        column
+        for column in columns.find(columns.names)
+        if len({SPLIT_WORDS.get(word) for word in split_words(columns.names[column])} - {None}) > 1
+    ]
+    for column in dict.fromkeys([*columns.find(SPLIT_COLUMNS), *named_after_several]):
         reading = _read_split_column(columns, column)
         if any(cell and split for cell, split in zip(reading.cells, reading.splits, strict=True)):
             readings.append(reading)
@@ -665,7 +680,11 @@ def _split_readings(columns: _Columns, has_labels: bool) -> list[_SplitReading]:
                 f"not read as a split: {columns.describe(column)} (data.split_column="
                 f"{_quote(columns.names[column])} reads it)"
             )
-    named = {*columns.find((*SPLIT_COLUMNS, *FLAG_COLUMNS, *FOLD_COLUMNS)), *columns.used}
+    named = {
+        *named_after_several,
+        *columns.find((*SPLIT_COLUMNS, *FLAG_COLUMNS, *FOLD_COLUMNS)),
+        *columns.used,
+    }
     by_content = []
     for column in range(len(columns.names)):
         if column in named:
@@ -691,6 +710,9 @@ def _read_split_column(columns: _Columns, column: int) -> _SplitReading:
             [column], name, cells, [_CELEBA.get(cell, "train") for cell in cells], note
         )
     split_of = match_split_names(sorted(values))
+    short = {cell: _SHORT[fold] for cell in values if (fold := fold_column(cell)) in _SHORT}
+    if len(set(short.values())) > 1:
+        split_of |= short
     read = {cell: _FER2013.get(fold_column(cell)) or split_of.get(cell) for cell in values}
     read[""] = "train"
     pairs = [f"{c} is {s}" for c, s in sorted(read.items()) if c and s and c.casefold() != s]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convlens.data.class_names import check_renamed, unknown_classes
+from convlens.data.class_names import check_renamed, format_rename, unknown_classes
 from convlens.data.image_folder import read_folder
 from convlens.data.image_list import (
     LIST_SUFFIXES,
@@ -22,8 +22,10 @@ from convlens.data.image_list import (
     find_missing_labels,
     make_source,
     read_rows,
+    rows_of_table,
     unlabeled_lines,
 )
+from convlens.data.joined_lists import find_joined_lists, read_joined_lists
 from convlens.data.layout import (
     OTHER_TEXT_FILES,
     SPLITS,
@@ -32,6 +34,7 @@ from convlens.data.layout import (
     is_neutral_name,
     list_examples,
     match_split_names,
+    parse_split_name,
     raise_problems,
     split_from_name,
 )
@@ -50,6 +53,9 @@ from convlens.errors import ConvlensError, DataError, UsageError
 # Folders of lists besides those of annotations, such as `annotations` and `labels`.
 _LIST_FOLDERS = re.compile(r"splits?|info|image_?sets?|meta")
 MAX_LISTS = 20  # in a folder
+MAX_NUMBERED_LISTS = 100  # in a folder, if their names are those of splits with numbers
+MAX_LIST_NOTES = 3  # files that are not used, with the reason of each
+MAX_CHOICES = 3  # in the text of an error
 
 
 def find_lists(folder: Path) -> list[Path]:
@@ -78,6 +84,11 @@ def find_lists(folder: Path) -> list[Path]:
     return found
 
 
+def has_lists(folder: Path) -> bool:
+    """Return whether there are files that may be lists of the images in `folder`."""
+    return bool(find_lists(folder)) or find_joined_lists(_unwrap(folder)) is not None
+
+
 def _candidates(folder: Path, image_folders: Iterable[Path] = ()) -> list[Path]:
     """Return the files in `folder` that may be lists, but not those that belong to single images.
 
@@ -95,7 +106,11 @@ def _candidates(folder: Path, image_folders: Iterable[Path] = ()) -> list[Path]:
         and os.path.splitext(entry.name)[0] not in images
         and is_regular_file(entry)
     ]
-    return candidates if len(candidates) <= MAX_LISTS else []
+    others = [path for path in candidates if split_from_name(path.stem) is None]
+    splits = {split_from_name(path.stem) for path in candidates}
+    are_numbered = {"train", "test"} <= splits and len(candidates) <= MAX_NUMBERED_LISTS
+    are_few = len(others if are_numbered else candidates) <= MAX_LISTS
+    return candidates if are_few else []
 
 
 def read_listed_folder(
@@ -107,7 +122,7 @@ def read_listed_folder(
     tested: bool = False,
     known_classes: Collection[str] = (),
 ) -> DataSource:
-    """Read a folder in which there are files that may be lists (`find_lists`).
+    """Read a folder in which there are files that may be lists (`has_lists`).
 
     Args:
         root: contains class folders, or one list, or lists named after splits, or folders named
@@ -119,7 +134,23 @@ def read_listed_folder(
         DataError: it is not clear what to read, or a list is wrong.
     """
     root = _unwrap(root)
+    joined = find_joined_lists(root)
+    if joined is not None:
+        content = rows_of_table(read_joined_lists(root, joined), root, str(root), options)
+        ids = [_relative(Path(row.file or row.path), root) for row in content.rows]
+        return make_source(
+            content,
+            root,
+            name,
+            ids,
+            tested=tested,
+            rename=options.rename,
+            known_classes=known_classes,
+        )
     lists, errors = _read_lists(root, options)
+    lists, not_chosen = _choose_lists(lists, options.lists, root)
+    if options.lists is not None:
+        _refuse_unread_lists(options.lists, errors, root)
     # Keys about a list are given, so there has to be one.
     column_of_group = None if options.group and is_path_pattern(options.group) else options.group
     has_options = replace(options, rename=None, group=column_of_group) != DEFAULT_OPTIONS
@@ -130,13 +161,17 @@ def read_listed_folder(
                 root,
                 name,
                 split_lists,
+                lists,
                 read_class_folders,
                 options.rename or {},
                 known_classes,
                 tested,
             )
-        notes = _compare_with_folders(root, name, lists)
         source = read_class_folders(root, name, rename=options.rename, tested=tested)
+        by_lists = _split_by_lists(source, lists, root)
+        if by_lists is not None:
+            return by_lists
+        notes = _compare_with_folders(root, name, lists)
         return replace(source, notes=(*source.notes, *notes))
     if not lists and has_options:
         raise next(iter(errors.values()))
@@ -153,6 +188,10 @@ def read_listed_folder(
             if not _is_one_to_one(pairs):
                 raise _two_readings(path, pairs, root, name)
     content, ids = _join_lists(root, name, lists, tested=tested)
+    content.notes += _describe_class_names(root, content)
+    if not_chosen:
+        shown = list_examples([_relative(path, root) for path in not_chosen])
+        content.notes.append(f"lists that are not read: {shown}")
     content.notes += _describe_unused(errors, root)
     return make_source(
         content, root, name, ids, tested=tested, rename=options.rename, known_classes=known_classes
@@ -169,7 +208,8 @@ def _wrapped_folder(outer: Folder) -> Folder | None:
     folders = outer.subfolders
     if len(folders) != 1 or split_from_name(folders[0].name) or outer.has_images:
         return None
-    return None if _candidates(Path(outer.path)) else folders[0]
+    path = Path(outer.path)
+    return None if _candidates(path) or find_joined_lists(path) else folders[0]
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -228,6 +268,8 @@ def _read_lists(
 
 
 def _describe_unused(errors: Mapping[Path, ConvlensError], root: Path) -> list[str]:
+    if len(errors) > MAX_LIST_NOTES:
+        return [f"not used: {list_examples([_relative(path, root) for path in errors])}"]
     return [f"{_relative(path, root)} is not used: {error.what}" for path, error in errors.items()]
 
 
@@ -242,6 +284,84 @@ def _explain_unusable(
         where=error.where,
         fix=f"for {_relative(path, root)}: {list_error.fix}" if list_error.fix else error.fix,
     )
+
+
+def _choose_lists(
+    lists: Mapping[Path, ListContent], chosen: str | None, root: Path
+) -> tuple[dict[Path, ListContent], list[Path]]:
+    """Choose one of several sets of lists, each with one for training and others.
+
+    Such sets are `train1.txt`, `test1.txt` and `train2.txt`, `test2.txt` (DTD has ten), or
+    `images_variant_train.txt` and `images_family_train.txt` with their `..._test.txt` (Aircraft).
+
+    Args:
+        chosen: what the names of the set have in common (`data.lists`).
+
+    Returns:
+        The lists to read, and those that are not read.
+
+    Raises:
+        DataError: there are several sets, and none is chosen.
+        UsageError: there is no such set.
+    """
+    sets: dict[str, dict[Path, str]] = {}  # splits of the lists, by what their names share
+    for path in lists:
+        key, parsed = _shared_name(path), parse_split_name(path.stem)
+        if key is not None and parsed is not None:
+            sets.setdefault(key, {})[path] = parsed.split
+    complete = {
+        key: splits
+        for key, splits in sets.items()
+        if "train" in splits.values() and len(set(splits.values())) > 1
+    }
+    if len(complete) < 2 and chosen is None:
+        return dict(lists), []
+    keys = sorted(complete, key=lambda key: (len(key), key))
+    choices = " or ".join(f"data.lists={_quote(key)}" for key in keys[:MAX_CHOICES] if key)
+    if chosen is None:
+        examples = [
+            _relative(next(path for path, split in complete[key].items() if split == "train"), root)
+            for key in keys
+        ]
+        raise DataError(
+            f"{len(complete)} sets of lists for training and testing: {list_examples(examples)}",
+            where=str(root),
+            fix=f"{choices}{' ...' if len(keys) > MAX_CHOICES else ''} chooses one",
+        )
+    wanted = _fold_chosen(chosen)
+    if wanted not in complete:
+        raise UsageError(
+            f"no lists for training and testing have {chosen!r} in their names",
+            where=str(root),
+            fix=f"{choices} is possible" if choices else "leave data.lists out",
+        )
+    kept = {path: content for path, content in lists.items() if path in complete[wanted]}
+    return kept, [path for path in lists if path not in kept]
+
+
+def _shared_name(path: Path) -> str | None:
+    """Return the words and numbers of the name of a list beside that of its split; None without."""
+    parsed = parse_split_name(path.stem)
+    if parsed is None:
+        return None
+    return " ".join([*parsed.rest, *re.findall(r"\d+", path.stem)])
+
+
+def _fold_chosen(chosen: str) -> str:
+    """Return `data.lists` in the form of `_shared_name`."""
+    return " ".join([*re.findall(r"[^\W\d_]+", chosen.casefold()), *re.findall(r"\d+", chosen)])
+
+
+def _quote(key: str) -> str:
+    return key.replace(" ", "_")
+
+
+def _refuse_unread_lists(chosen: str, errors: Mapping[Path, ConvlensError], root: Path) -> None:
+    """Raise the error of a list that is chosen by `data.lists` and cannot be read."""
+    for path, error in errors.items():
+        if _shared_name(path) == _fold_chosen(chosen):
+            what = f"{_relative(path, root)}: {error.what}"
+            raise DataError(what, where=error.where or str(root), fix=error.fix) from error
 
 
 def _join_lists(
@@ -276,6 +396,9 @@ def _join_lists(
     repeated = [shown for path, shown in all_names.items() if path not in lists]
     if repeated:
         joined.notes.append(f"not read, since they repeat other lists: {list_examples(repeated)}")
+    all_notes = [content.notes for content in lists.values()]
+    shared_notes = [note for note in all_notes[0] if all(note in notes for notes in all_notes)]
+    joined.notes += [f"each list: {note}" if len(lists) > 1 else note for note in shared_notes]
     for path, content in lists.items():
         in_list = f" of {names[path]}" if len(lists) > 1 else ""
         for row in content.rows:
@@ -284,7 +407,7 @@ def _join_lists(
             joined.rows.append(replace(row, line=row.line + in_list, split=split))
         joined.short_lines += [line + in_list for line in content.short_lines]
         prefix = f"{names[path]}: " if len(lists) > 1 else ""
-        joined.notes += [prefix + note for note in content.notes]
+        joined.notes += [prefix + note for note in content.notes if note not in shared_notes]
         joined.hints += content.hints
         joined.fix = joined.fix or content.fix
     return joined, [_relative(Path(row.file or row.path), root) for row in joined.rows]
@@ -343,12 +466,18 @@ def _read_folders_and_lists(
     root: Path,
     name: str,
     lists: Mapping[str, tuple[Path, ListContent]],
+    all_lists: Mapping[Path, ListContent],
     read_class_folders: Callable[..., DataSource],
     rename: Mapping[str, str],
     known_classes: Collection[str],
     tested: bool,
 ) -> DataSource:
-    """Read splits with class folders, and the other splits by their lists."""
+    """Read splits with class folders, and the other splits by their lists.
+
+    Args:
+        lists: those of splits without class folders.
+        all_lists: also those of training images, which may tell the numbers of the classes.
+    """
     folders = {split_from_name(f.name): f for f in _subfolders(root) if len(_class_folders(f)) > 1}
     if "train" not in folders and not tested:
         raise DataError("no train folder with class folders", where=str(root))
@@ -359,6 +488,14 @@ def _read_folders_and_lists(
         if split in folders
     }
     labels = {row.label for _, content in lists.values() for row in content.rows}
+    numbering_notes = list[str]()
+    if "train" in sources and labels.isdisjoint(rename):
+        others = {p: c for p, c in all_lists.items() if p not in {p for p, _ in lists.values()}}
+        folders_of_classes = sources["train"].classes
+        names, note = _names_of_numbers(root, labels, folders_of_classes, others)
+        if names:
+            lists = {split: (p, _with_names(c, names)) for split, (p, c) in lists.items()}
+            labels, numbering_notes = {names[label] for label in labels}, [note]
     check_renamed(rename, sorted(labels.union(*(s.classes for s in sources.values()))))
     renamed = {
         split: [rename.get(each, each) for each in source.classes]
@@ -367,7 +504,7 @@ def _read_folders_and_lists(
     classes = sorted({rename.get(label, label) for label in labels}.union(*renamed.values()))
     classes = classes if tested else sorted(set(renamed["train"]))
     no_labels = set[str]()
-    parts, notes, problems = dict[str, Part](), list[str](), list[Problem]()
+    parts, notes, problems = dict[str, Part](), numbering_notes, list[Problem]()
     for split in SPLITS:
         if split in sources:
             part = sources[split].parts["train"]
@@ -394,6 +531,105 @@ def _read_folders_and_lists(
         parts[split] = Part(images, labels_of_part, ids)
     raise_problems(problems, root, "correct the list, or move it out of the folder")
     return DataSource(name, tuple(classes), parts, tuple(notes))
+
+
+def _split_by_lists(
+    source: DataSource, lists: Mapping[Path, ListContent], root: Path
+) -> DataSource | None:
+    """Return the images of class folders in the splits of `train.csv`, `test.csv`, ...
+
+    None if there are no such lists, or they do not name each image once, or their labels are not
+    the classes of the folders.
+    """
+    split_of = {path: split for path, split in _splits_of_lists(lists, root).items() if split}
+    files: dict[str, str] = {}
+    for path, split in split_of.items():
+        for row in lists[path].rows:
+            if row.file is None or files.setdefault(row.file, split) != split:
+                return None
+    if list(source.parts) != ["train"] or not {"train"} < set(files.values()):
+        return None
+    part = source.parts["train"]
+    if not isinstance(part.images, FilePaths):
+        return None
+    paths = [os.path.abspath(str(part.images[i])) for i in range(len(part.ids))]
+    pairs = {pair for path in split_of for pair in _label_pairs(lists[path], root)}
+    # Images of classes that are left out (`data.without`) were not scanned.
+    others = {_class_folder(file, root) for file in files.keys() - set(paths)}
+    scanned = {source.classes[label] for label in set(part.labels.tolist())}
+    is_complete = files.keys() >= set(paths) and others.isdisjoint(scanned)
+    if not is_complete or not _is_one_to_one(pairs):
+        return None
+    splits = np.array([files[path] for path in paths])
+    parts = {
+        split: part.subset(np.flatnonzero(splits == split)) for split in SPLITS if split in splits
+    }
+    names = [_relative(path, root) for path in split_of]
+    note = f"splits are those of {list_examples(names)}; classes are the folders"
+    return replace(source, parts=parts, notes=(*source.notes, note))
+
+
+def _names_of_numbers(
+    root: Path, labels: set[str], classes: Sequence[str], lists: Mapping[Path, ListContent]
+) -> tuple[dict[str, str], str]:
+    """Return the class of each number in `labels`, and a note; nothing if it is not certain.
+
+    The numbers are those of a list of training images (`train.txt` beside `val.txt`), or count the
+    lines of a file that names all classes, from 0 (`synset_words.txt` of ILSVRC). The numbers of
+    ILSVRC's development kit, from 1, have another order.
+    """
+    if not labels or not all(label.isdecimal() for label in labels):
+        return {}, ""
+    found = list[tuple[str, dict[str, str]]]()
+    for path, content in lists.items():
+        pairs = _label_pairs(content, root)
+        if _is_one_to_one(pairs) and all(label.isdecimal() for label, _ in pairs):
+            found.append((_relative(path, root), dict(pairs)))
+    for path in sorted(root.glob("*.txt")):
+        names = _names_in_lines(path, classes)
+        if names and "0" in labels:
+            found.append((_relative(path, root), {str(n): name for n, name in enumerate(names)}))
+    found = [(file, names) for file, names in found if labels <= names.keys() and len(names) > 1]
+    used = [{label: names[label] for label in labels} for _, names in found]
+    if (
+        not found
+        or any(names != used[0] for names in used)
+        or not set(used[0].values()) <= {*classes}
+    ):
+        return {}, ""
+    examples = [f"{number} is {used[0][number]}" for number in sorted(labels, key=int)]
+    return used[0], f"numbers of classes are those of {found[0][0]}: {list_examples(examples)}"
+
+
+def _names_in_lines(path: Path, classes: Sequence[str]) -> list[str]:
+    """Return the classes in the order of a file that names each of them in a line; else nothing."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    for names in ([line.strip() for line in lines], [line.partition(" ")[0] for line in lines]):
+        names = list(filter(None, names))
+        if sorted(names) == sorted(classes):
+            return names
+    return []
+
+
+def _describe_class_names(root: Path, content: ListContent) -> list[str]:
+    """Return a note if classes are numbers and a file beside the list may name them."""
+    labels = {row.label for row in content.rows}
+    for path in sorted(root.glob("*.txt")):
+        if not re.fullmatch(r"(class|label|categor)\w*\.txt", path.name.lower()):
+            continue
+        names = [line.strip() for line in path.read_text("utf-8", "replace").splitlines()]
+        names = list(filter(None, names))
+        if len(names) > 1 and labels == {str(number) for number in range(len(names))}:
+            rename = format_rename("0", names[0])
+            return [f"classes are numbers; {path.name} may name them, from 0: {rename} ..."]
+    return []
+
+
+def _with_names(content: ListContent, names: Mapping[str, str]) -> ListContent:
+    return replace(content, rows=[replace(row, label=names[row.label]) for row in content.rows])
 
 
 def _compare_with_folders(root: Path, name: str, lists: Mapping[Path, ListContent]) -> list[str]:

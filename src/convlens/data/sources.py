@@ -27,11 +27,19 @@ from convlens.data.folder_layout import LayoutOptions
 from convlens.data.image_folder import read_folder
 from convlens.data.image_list import LIST_SUFFIXES, read_list
 from convlens.data.image_paths import is_file_url, is_url, path_of_file_url
+from convlens.data.joined_lists import MAT_HELP
 from convlens.data.layout import ClassChoice, list_examples, printable, split_from_name
 from convlens.data.list_columns import DEFAULT_OPTIONS, ListOptions
-from convlens.data.list_folder import find_lists, read_listed_folder
+from convlens.data.list_folder import has_lists, read_listed_folder
 from convlens.data.scan import is_directory
-from convlens.data.types import DataSource, EncodedFiles, ImageSource, NumberedStrings, Part
+from convlens.data.types import (
+    DataSource,
+    EncodedFiles,
+    ImageSource,
+    NumberedStrings,
+    Part,
+    is_image_name,
+)
 from convlens.data.webdataset import holds_shards, is_pattern, read_shards
 from convlens.errors import DataError, UsageError, close_matches, did_you_mean
 
@@ -120,6 +128,7 @@ def find_configured_source(
             label_column=config.label_column,
             split_column=config.split_column,
             images=config.images,
+            lists=config.lists,
             rename=config.rename,
         ),
         tested=tested,
@@ -191,8 +200,10 @@ def find_source(
     if choice.min_images:
         source = _without_small_classes(source, choice.min_images)
     if choice != ClassChoice() and len(source.classes) < 2 and not tested:
+        counts = f"; {source.notes[-1]}" if choice.min_images and source.notes else ""
         raise DataError(
-            f"{len(source.classes)} classes are left: {list_examples(source.classes) or 'none'}",
+            f"{len(source.classes)} classes are left: {list_examples(source.classes) or 'none'}"
+            f"{counts}",
             where=f"data.name={name}",
             fix="change data.classes, data.without or data.min_images",
         )
@@ -231,7 +242,7 @@ def _read_folder(
     # Classes that are not chosen are not scanned: they may be empty, for example.
     read_class_folders = partial(read_folder, options=layout, choice=choice)
     may_have_lists = layout is None or layout.layout == "auto"
-    if may_have_lists and find_lists(path):
+    if may_have_lists and has_lists(path):
         return read_listed_folder(
             path,
             name,
@@ -241,7 +252,18 @@ def _read_folder(
             known_classes=known_classes,
         )
     _refuse_list_options(lists, name)
-    return read_class_folders(path, name, rename=lists.rename, tested=tested)
+    try:
+        return read_class_folders(path, name, rename=lists.rename, tested=tested)
+    except DataError as error:
+        mat_files = [file.name for pattern in ("*.mat", "*/*.mat") for file in path.glob(pattern)]
+        if not mat_files:
+            raise
+        raise DataError(
+            f"{error.what}; it is not known what these files of MATLAB hold: "
+            f"{list_examples(sorted(mat_files))}",
+            where=error.where,
+            fix=MAT_HELP,
+        ) from error
 
 
 def _in_known_order(source: DataSource, known_classes: Sequence[str]) -> DataSource:
@@ -278,6 +300,10 @@ def _read_path(path: Path | None, name: str, tested: bool) -> DataSource:
         fix = "unpack it and name the folder"
     elif path.suffix.lower() in (".xlsx", ".xls", ".ods"):
         fix = "save it as CSV (UTF-8) and name that file"
+    elif is_image_name(path.name):
+        fix = f"name the folder of all images; `convlens predict RUN {name}` classifies one"
+    elif path.suffix.lower() == ".mat":
+        fix = f"name its folder if it is a list of a published data set, or {MAT_HELP}"
     raise DataError("this file is not a CSV or a tar", where=str(path), fix=fix)
 
 

@@ -32,7 +32,8 @@ BYTE_ORDER_MARKS = {
 }
 _LINE_END = r"(?:\r\n|\r|\n)"
 _SEPARATOR_LINE = re.compile(rf'"?sep=(.)"?[,;\t]*{_LINE_END}', re.IGNORECASE)
-_COMMENT_LINE = re.compile(rf"[ \t]*#([^\r\n]*){_LINE_END}|[ \t]*{_LINE_END}")
+_COMMENT_LINE = re.compile(rf"[ \t]*(?:#|//)([^\r\n]*){_LINE_END}|[ \t]*{_LINE_END}")
+_SINGLE_QUOTED = re.compile(r"\s*'[^']*'\s*")
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 
 Line = tuple[int, list[str]]
@@ -115,7 +116,10 @@ def _read_delimited(path: Path, is_known_column: IsKnownColumn) -> Table:
         try:
             # In a StringIO with newline="", csv recognizes each kind of line end.
             reader = csv.reader(
-                io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True
+                io.StringIO(text, newline=""),
+                delimiter=delimiter,
+                quotechar=_find_quote(text, delimiter),
+                skipinitialspace=True,
             )
             lines = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
         except csv.Error as error:
@@ -128,6 +132,12 @@ def _read_delimited(path: Path, is_known_column: IsKnownColumn) -> Table:
         if not (cells[0].lstrip().startswith("#") and len(cells) < width)
     ]
     return Table(None, lines)
+
+
+def _find_quote(text: str, delimiter: str) -> str:
+    """Return the character that cells are quoted with: single quotes if all of the header are."""
+    header = re.split(_LINE_END, text, maxsplit=1)[0].split(delimiter)
+    return "'" if len(header) > 1 and all(map(_SINGLE_QUOTED.fullmatch, header)) else '"'
 
 
 def _skip_comments(text: str, is_known_column: IsKnownColumn) -> tuple[str, int]:
@@ -193,9 +203,36 @@ def _split_at_blanks(text: str, is_known_column: IsKnownColumn) -> list[Line]:
     firsts = {cells[0] for cells in data}
     is_regular = len(set(map(len, words))) == 1 and len(words[0]) > 2
     are_numbers = all(_NUMBER.fullmatch(word) for cells in data for word in cells[1:])
+    if _are_ids_and_labels(data):
+        return [
+            (n, [line] if line.lstrip()[0] == "#" else line.split(None, 1)) for n, line in lines
+        ]
     if is_regular and are_numbers and len(firsts) == len(data) > 1:
         return [(n, [line] if line.lstrip()[0] == "#" else line.split()) for n, line in lines]
-    return [(number, line.rsplit(None, 1)) for number, line in lines]
+    cells = [(number, line.rsplit(None, 1)) for number, line in lines]
+    if all(len(each) == 2 and each[0].endswith(":") for _, each in cells):  # `img/a.png: cat`
+        return [(number, [path.rstrip(" :"), label]) for number, (path, label) in cells]
+    return cells
+
+
+def _are_ids_and_labels(data: Sequence[Sequence[str]]) -> bool:
+    """Return whether the first word of each line is an id, and the rest a label with blanks.
+
+    `0034309 Boeing 707-320`: the ids are different and have digits, some labels have several words,
+    and no file name is behind a blank.
+    """
+    ids = {cells[0] for cells in data}
+    last_but_one = [cells[-2] for cells in data if len(cells) > 2]
+    have_numbers = all(any(map(str.isdecimal, cells[0])) for cells in data)
+    are_words = not all(_NUMBER.fullmatch(word) for cells in data for word in cells[1:])
+    return (
+        bool(last_but_one)
+        and not any(map(is_image_name, last_but_one))
+        and len(ids) == len(data)
+        and all(len(cells) > 1 for cells in data)
+        and have_numbers
+        and are_words
+    )
 
 
 def _read_json(path: Path, is_known_column: IsKnownColumn) -> Table:
@@ -228,6 +265,9 @@ def _records_from_json(content: Any, is_known_column: IsKnownColumn) -> list[Rec
     if set(match_split_names(content)) == set(content):
         return _records_of_splits(content, is_known_column)
     values = list(content.values())
+    if all(_is_record(value) and "file_attributes" in value for value in values):
+        # An export of VGG Image Annotator; its regions are about parts of the images.
+        return [{"filename": v.get("filename"), **v["file_attributes"]} for v in values]
     if all(map(_is_record, values)) and all(map(is_image_name, content)):
         return [{"path": path, **record} for path, record in content.items()]
     if all(isinstance(value, str | int | float) for value in values) or (

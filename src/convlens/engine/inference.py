@@ -17,9 +17,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
 from dataclasses import replace
 from typing import NamedTuple
@@ -101,7 +101,10 @@ def batch_outputs(
     with_features: bool = False,
 ) -> ModelOutputs:
     """Like `batch_logits`, with the mean over `views` if given, and with the features."""
-    with eval_mode(model), _record_head_inputs(model, with_features) as features:
+    recording: AbstractContextManager[list[Tensor]] = (
+        _record_head_inputs(model) if with_features else nullcontext([])
+    )
+    with eval_mode(model), recording as features:
         inputs = normalize(images.to(plan.device), plan)
         if views is None:
             logits, mean = model(inputs).float(), None
@@ -118,11 +121,8 @@ def has_penultimate_layer(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _record_head_inputs(model: nn.Module, enabled: bool) -> Iterator[list[Tensor]]:
+def _record_head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
     """Record the inputs of the head in each pass, float32 `[B, D]`; maps are averaged."""
-    if not enabled:
-        yield []
-        return
     recorded: list[Tensor] = []
     head = model.get_submodule(model_parts(model).head)
     is_hooked = _append_head_input in head._forward_pre_hooks.values()
@@ -152,17 +152,21 @@ def _append_head_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         recorded.append(values.flatten(2).mean(2) if values.ndim > 2 else values)
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Context in which the model is in eval mode; afterwards each module has its previous mode."""
+def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which the model is in eval mode; then each module has its mode again."""
     # Module by module: frozen modules that were in eval mode must stay so. Nothing is
     # set if the network is in eval mode already: that would cost 1% of a pass over one image.
     modules = [model]
     for module in modules:  # `model.modules()` takes ten times as long
-        modules += filter(None, module._modules.values())
+        if module._modules:
+            modules += [child for child in module._modules.values() if child is not None]
     training = [module for module in modules if module.training]
-    if training:
-        model.eval()
+    return _switch_to_eval(model, training) if training else nullcontext()
+
+
+@contextmanager
+def _switch_to_eval(model: nn.Module, training: Sequence[nn.Module]) -> Iterator[None]:
+    model.eval()
     try:
         yield
     finally:
@@ -217,8 +221,10 @@ class Forward:
 
     def outputs(self, images: Tensor) -> Iterator[ModelOutputs]:
         """Yield the outputs for images `[N, ...]`, batch by batch, in order."""
-        while len(images):
-            batch = images[: self._next_batch_size()]
+        count, start = images.shape[0], 0
+        while start < count:
+            size = self._next_batch_size()
+            batch = images if start == 0 and size >= count else images[start : start + size]
             outputs = None
             try:
                 outputs = self._run(batch)
@@ -231,7 +237,7 @@ class Forward:
             if outputs is None:
                 self._reduce_batch_size(len(batch))
                 continue
-            images = images[len(batch) :]
+            start += len(batch)
             yield outputs
 
     def _next_batch_size(self) -> int:
@@ -408,7 +414,7 @@ def split_outputs(
         reduce_features: returns what is kept of each batch instead of its features, one row for
             each image.
     """
-    logits, tta_logits, features = [], [], []
+    batches: list[ModelOutputs] = []
     total = split.rows.shape[0]
     forward = Forward(
         model,
@@ -421,17 +427,23 @@ def split_outputs(
     )
     for images in _read_chunks(split.rows):
         for outputs in forward.outputs(images):
-            logits.append(outputs.logits)
-            if outputs.tta_logits is not None:
-                tta_logits.append(outputs.tta_logits)
             if reduce_features is not None:
-                features.append(reduce_features(outputs))
-            elif outputs.features is not None:
-                features.append(outputs.features)
+                outputs = outputs._replace(features=reduce_features(outputs))
+            batches.append(outputs)
             advance(len(outputs.logits))
-    mean = torch.cat(tta_logits) if tta_logits else None
-    joined = torch.cat(features) if features else None
-    return ModelOutputs(torch.cat(logits), mean, joined), split.labels.to(plan.device)
+    return join_outputs(batches), split.labels.to(plan.device)
+
+
+def join_outputs(batches: Sequence[ModelOutputs]) -> ModelOutputs:
+    """Return the outputs for the images of all batches."""
+    if len(batches) == 1:  # copying them would take as long as a small layer
+        return batches[0]
+    logits, tta_logits, features = zip(*batches, strict=True)
+    return ModelOutputs(
+        torch.cat(logits),
+        None if tta_logits[0] is None else torch.cat(tta_logits),
+        None if features[0] is None else torch.cat(features),
+    )
 
 
 def _read_chunks(rows: RowReader) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from convlens import models, optim
-from convlens.data.dataset import Data, Split, channel_stats
+from convlens.data.dataset import Data, Split, channel_stats, load_data
 from convlens.data.loader import Batches, class_frequencies
 from convlens.data.transforms import pipeline
-from convlens.device import Plan, derive_seed
+from convlens.device import Plan, derive_seed, memory_budget
 from convlens.distributed import ProcessGroup
 from convlens.engine.data_parallel import convert_sync_batchnorm
 from convlens.engine.loop import Criterion, TrainState
@@ -178,6 +179,20 @@ def build_training_job(
         found_range=requested.data.range == "auto" and data.conversion.value_range is not None,
         start_reason=start.reason,
     )
+
+
+def load_for_training(requested: Recipe) -> tuple[Recipe, Data]:
+    """Return the recipe and the images that a training of `requested` would have.
+
+    The recipe has no `auto` any more. No weights are read.
+    """
+    backbones = transfer.backbones_for(requested)
+    data = load_data(
+        requested.data,
+        memory_budget=memory_budget("cpu"),
+        choose_size=partial(transfer.choose_image_size, requested, backbones),
+    )
+    return _resolve_recipe(transfer.choose_start(requested, data.native, backbones), data), data
 
 
 def _resolve_recipe(start: transfer.Start, data: Data) -> Recipe:

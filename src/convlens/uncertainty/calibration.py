@@ -375,7 +375,7 @@ def parse_share(name: str, value: object) -> float:
         text = value.strip()
         with suppress(ValueError):
             share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+    elif isinstance(value, float | numbers.Real) and not isinstance(value, bool):
         share = float(value)
     else:
         raise wrong_type(name, value, "give a share such as 0.95 or '95%'")

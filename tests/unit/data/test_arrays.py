@@ -62,6 +62,7 @@ def test_every_layout_is_read_as_it_was_written(
         ((3, 3, 3), ["last", "first", "none"]),
         ((3, 64, 3), ["last", "first"]),
         ((3, 64, 64), ["first", "none"]),
+        ((3, 5, 2), ["first", "none"]),
         ((9, 4, 4), ["last", "none"]),
         ((7, 3, 64, 3), ["last", "first"]),
         ((7, 1, 64, 1), ["last", "first"]),

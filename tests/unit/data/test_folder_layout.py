@@ -353,6 +353,44 @@ def test_two_readings_stop_with_both_and_the_keys_that_choose(
         assert reading in caught.value.fix
 
 
+def test_images_without_labels_are_no_class_silently(tmp_path: Path) -> None:
+    counts = {"labelled/cats": 2, "labelled/dogs": 3, "unlabelled": 4}
+    root = write_files(tmp_path / "x", counts)
+    with pytest.raises(DataError, match="images without labels, or be classes: unlabelled") as e:
+        read(root)
+    assert "data.without=[unlabelled] (what is inside labelled)" in e.value.fix
+    assert read(root, without=("unlabelled",))[0] == {"train": {"cats": 2, "dogs": 3}}
+    flat = write_files(tmp_path / "flat", {"cats": 2, "dogs": 3, "Unlabeled_data": 4})
+    with pytest.raises(DataError) as e:
+        read(flat)
+    assert "data.without=[Unlabeled_data] (2 classes: cats, dogs)" in e.value.fix
+    assert set(read(flat, "classes")[0]["train"]) == {"Unlabeled_data", "cats", "dogs"}
+    assert set(read(flat, only=("cats", "dogs"))[0]["train"]) == {"cats", "dogs"}
+
+
+def test_versions_of_the_same_images_are_no_classes(tmp_path: Path) -> None:
+    """PlantVillage holds its classes three times."""
+    versions = ("color", "grayscale", "segmented")
+    counts = {f"{each}/{name}": 2 for each in versions for name in ("Apple___scab", "Grape___rot")}
+    root = write_files(tmp_path / "x", counts)
+    with pytest.raises(DataError, match="versions of the same images: color, grayscale, segm") as e:
+        read(root)
+    one = f"name one of them: {root / 'color'} (2 classes: Apple___scab, Grape___rot)"
+    assert e.value.fix.startswith(one)
+    assert read(root / "color")[0] == {"train": {"Apple___scab": 2, "Grape___rot": 2}}
+    assert read(root, level="top")[0] == {"train": dict.fromkeys(versions, 4)}
+
+
+def test_masks_inside_class_folders_are_no_images(tmp_path: Path) -> None:
+    """The COVID-19 Radiography Database: each class holds `images` and `masks`."""
+    counts = {"COVID/images": 3, "COVID/masks": 3, "Normal/images": 2, "Normal/masks": 2}
+    root = write_files(tmp_path / "x", counts)
+    images, notes = read(root)
+    assert images == {"train": {"COVID": 3, "Normal": 2}}
+    assert notes == ("only the folder images of each class is read, not the annotations beside it",)
+    assert read(root, level="top")[0] == {"train": {"COVID": 6, "Normal": 4}}
+
+
 def test_keys_choose_between_two_readings(tmp_path: Path) -> None:
     pets = write_files(tmp_path / "pets", {"cat": 2, "dog": 2, "test": 1})
     assert read(pets, "classes")[0] == {"train": {"cat": 2, "dog": 2, "test": 1}}

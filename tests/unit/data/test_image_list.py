@@ -210,6 +210,27 @@ def test_splits_with_numbers_name_the_column_that_means_them(images: Path) -> No
     with pytest.raises(DataError) as caught:
         find_source(write_csv(images / "a.csv", text))
     assert "name this column `partition`" in caught.value.fix
+    rows = "".join(f"img/{n},{n[:3]},{i % 2}\n" for i, n in enumerate(NAMES))
+    with pytest.raises(DataError) as caught:
+        find_source(write_csv(images / "a.csv", f"path,label,split\n{rows}"))
+    assert caught.value.fix.startswith("name this column `is_test` if 1 marks test images")
+    source = find_source(write_csv(images / "a.csv", f"path,label,is_test\n{rows}"))
+    assert {split: len(part.labels) for split, part in source.parts.items()} == {
+        "train": 3,
+        "test": 3,
+    }
+
+
+def test_paths_may_be_relative_to_a_folder_with_the_name_of_the_list(images: Path) -> None:
+    """`test.csv` beside `test/`, although another folder has images of these names."""
+    (images / "img").rename(images / "train")
+    for number, name in enumerate(NAMES):
+        write_image(images / "test" / name, 10 + number)
+    text = "path,label\n" + "".join(f"{name},{name[:3]}\n" for name in NAMES)
+    for split in ("train", "test"):
+        source = find_source(write_csv(images / f"{split}.csv", text), tested=True)
+        assert source.parts["train"].images[0] == str(images / split / NAMES[0])
+        assert source.notes[0] == f"6 files were found in {split}"
 
 
 def test_a_file_without_extension_is_judged_by_its_content(images: Path) -> None:

@@ -52,6 +52,18 @@ def test_hidden_files_and_junk_folders_are_ignored() -> None:
     assert expand_paths(["deep/.trash"]) == ["deep/.trash/000.png"]  # requested explicitly
 
 
+def test_the_home_folder_and_addresses_of_files_are_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Terminals insert `file://` when a file is dropped on them; Python does not expand `~`."""
+    path = picture(tmp_path / "a b.png", DARK)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand_paths(["~/a b.png", f"file://{tmp_path}/a%20b.png"]) == [str(path)] * 2
+    assert expand_paths(["~/*.png", f"file://{tmp_path}"]) == [str(path)] * 2
+    picture(Path("~") / "a b.png", DARK)  # a file as it is written has priority
+    assert expand_paths(["~/a b.png"]) == ["~/a b.png"]
+
+
 def test_a_pattern_that_matches_folders_stands_for_the_images_inside() -> None:
     root = pictures(Path("plain"), {"a": 2, "b": 1, "b/c": 1})
     (root / "a" / "notes.txt").write_text("no image")

@@ -37,7 +37,7 @@ def lines(*columns: list[str]) -> list[str]:
     "header",
     ["path,label", "File Name,CLASS", "file_name,class-name", "filepath,breed", "image_id,label",
      "id,species", "name,label", "Image Path,ClassId", "img,target", "image,diagnosis",
-     "isic_id,target", "id_code,diagnosis", "fname,label",
+     "isic_id,target", "Image_Name,Class_Label", "id_code,diagnosis", "fname,label",
      "FILENAME,y", "relative_path,category", "\ufeffpath,choice", "imageID,dx"],
 )  # fmt: skip
 def test_usual_names_are_recognized(header: str) -> None:
@@ -137,6 +137,8 @@ def test_columns_that_disagree_stop_with_both_readings() -> None:
         ("partition", ["0", "1", "2"], "0 is train, 1 is val, 2 is test, as in CelebA"),
         ("something", THREE, "splits are those of something"),
         ("part", ["fold_train", "fold_val", "fold_test"], "fold_val is val"),
+        ("train_or_test", ["tr", "va", "te"], "te is test, tr is train, va is val"),
+        ("TrainValTest", THREE, "splits are those of TrainValTest"),
     ],
 )
 def test_splits_are_read(name: str, values: list[str], note: str | None) -> None:
@@ -224,6 +226,18 @@ def test_other_values_are_not_splits() -> None:
     assert interpret("path,label,split", lines(["a", "b"], ["0", "1"])).splits == [None] * 6
     cells = interpret("path,label,subset", lines(["a", "b"], ["train", "tset"]))
     assert cells.splits == ["train", None] * 3
+
+
+def test_a_column_named_after_several_splits_is_never_ignored() -> None:
+    cells = interpret("path,label,train/test", lines(["cat", "dog"], ["A", "B", "B"]))
+    assert cells.splits is None
+    assert cells.notes[0].startswith("not read as a split: train/test (2 values: A, B)")
+
+
+def test_columns_of_the_same_name_that_disagree_need_new_names() -> None:
+    with pytest.raises(DataError, match="two columns may be the label and disagree") as caught:
+        interpret("path,label,label", lines(["cat", "dog"], ["0", "1", "2"]))
+    assert caught.value.fix == "give the two columns different names"
 
 
 def test_two_readings_of_the_splits_stop() -> None:

@@ -387,3 +387,192 @@ def test_a_folder_with_a_list_of_test_images_only_says_so(root: Path) -> None:
     assert caught.value.fix.endswith(str(root / "val.csv"))
     assert counts(find_source(str(root / "val.csv"))) == {"train": 4}
     assert counts(find_source(str(root), tested=True)) == {"val": 4}
+
+
+# Lists of splits beside class folders
+
+
+def write_eurosat(root: Path, splits: dict[str, tuple[int, ...]]) -> None:
+    for name in ("Crop", "Forest"):
+        write_images(root / name, [f"{name}_{i}" for i in range(4)])
+    for split, numbers in splits.items():
+        rows = [f"{n}/{n}_{i}.png,{k}\n" for k, n in enumerate(("Crop", "Forest")) for i in numbers]
+        (root / f"{split}.csv").write_text("Filename,Label\n" + "".join(rows))
+
+
+def test_lists_of_splits_beside_class_folders_give_the_splits(root: Path) -> None:
+    """EuroSAT: until now the splits were drawn, and test images were trained on."""
+    write_eurosat(root, {"train": (0, 3), "validation": (1,), "test": (2,)})
+    source = read(root)
+    assert (source.classes, counts(source)) == (
+        ("Crop", "Forest"),
+        {"train": 4, "val": 2, "test": 2},
+    )
+    assert list(source.parts["test"].ids) == ["Crop/Crop_2.png", "Forest/Forest_2.png"]
+    assert source.parts["test"].labels.tolist() == [0, 1]
+    note = "splits are those of test.csv, train.csv, validation.csv; classes are the folders"
+    assert note in source.notes
+    write_images(root / "Lake", ["Lake_0", "Lake_1"])
+    rows = {"train": "Lake/Lake_0.png,2\n", "test": "Lake/Lake_1.png,2\n"}
+    for split, row in rows.items():
+        with (root / f"{split}.csv").open("a") as file:
+            file.write(row)
+    chosen = find_source(str(root), choice=ClassChoice(without=("Forest",)))
+    assert (chosen.classes, counts(chosen)) == (
+        ("Crop", "Lake"),
+        {"train": 3, "val": 1, "test": 2},
+    )
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [
+        {"train": (0, 3), "test": (2,)},  # not all images
+        {"train": (0, 1, 3), "test": (2, 3)},  # an image twice
+        {"val": (0, 1), "test": (2, 3)},  # no list of training images
+    ],
+)
+def test_lists_that_do_not_split_all_images_are_named(
+    root: Path, splits: dict[str, tuple[int, ...]]
+) -> None:
+    write_eurosat(root, splits)
+    source = read(root)
+    assert counts(source) == {"train": 8}
+    notes = "; ".join(source.notes)
+    assert all(f"{split}.csv is not read" in notes for split in splits)
+
+
+def test_a_file_that_may_name_numbered_classes_is_noted(root: Path) -> None:
+    write_images(root / "img")
+    write_list(root / "labels.csv", row=lambda name: f"{name}.png,{int(name[:3] == 'cat')}")
+    (root / "classes.txt").write_text("dog\ncat\n")
+    note = (
+        'classes are numbers; classes.txt may name them, from 0: \'data.rename={"0": "dog"}\' ...'
+    )
+    assert note in read(root).notes
+    (root / "classes.txt").write_text("dog\ncat\nbird\n")
+    assert not any("classes.txt" in note for note in read(root).notes)
+
+
+# Several lists for each split
+
+
+def write_dtd(root: Path) -> None:
+    """Ten splits; image `i` of each class is a test image of split `i`, as `i + 1` is of val."""
+    for name in ("banded", "dotted"):
+        write_images(root / "images" / name, [f"{name}_{i}" for i in range(1, 11)])
+    (root / "labels").mkdir()
+    for number in range(1, 11):
+        chosen = {"test": {number}, "val": {number % 10 + 1}}
+        chosen["train"] = set(range(1, 11)) - chosen["test"] - chosen["val"]
+        for split, images in chosen.items():
+            paths = [f"{n}/{n}_{i}.png" for n in ("banded", "dotted") for i in sorted(images)]
+            (root / "labels" / f"{split}{number}.txt").write_text("\n".join(paths) + "\n")
+    (root / "labels" / "labels_joint_anno.txt").write_text("banded/banded_1.png banded dotted\n")
+
+
+def test_one_of_several_numbered_splits_is_chosen_by_a_key(root: Path) -> None:
+    write_dtd(root)
+    with pytest.raises(DataError, match="10 sets of lists for training and testing") as caught:
+        read(root)
+    assert caught.value.fix == "data.lists=1 or data.lists=2 or data.lists=3 ... chooses one"
+    for number in (1, 10):
+        source = find_source(str(root), lists=ListOptions(lists=str(number)))
+        assert counts(source) == {"train": 16, "val": 2, "test": 2}
+        ids = [f"images/{name}/{name}_{number}.png" for name in ("banded", "dotted")]
+        assert source.parts["test"].ids == ids
+    with pytest.raises(UsageError, match="no lists for training and testing have '11'"):
+        find_source(str(root), lists=ListOptions(lists="11"))
+    with pytest.raises(UsageError, match=r"data.lists applies only to folders"):
+        find_source(str(root / "labels" / "train1.txt"), lists=ListOptions(lists="1"))
+
+
+AIRCRAFT = {"0034309": "Boeing 707-320", "0034958": "DR-400", "0037511": "F/A-18 Hornet"}
+
+
+def test_lists_about_different_labels_are_chosen_by_a_key(root: Path) -> None:
+    """FGVC-Aircraft: an id, and a label with blanks; labels of three kinds."""
+    makers = {"Boeing 707-320": "Boeing", "DR-400": "Robin", "F/A-18 Hornet": "McDonnell Douglas"}
+    splits = {"train": "1", "val": "2", "trainval": "12", "test": "3"}
+    names = [f"{image}{number}" for image in AIRCRAFT for number in (1, 2, 3)]
+    write_images(root / "images", names)
+    for split, numbers in splits.items():
+        ids = [name for name in names if name[-1] in numbers]
+        for kind in ("variant", "manufacturer"):
+            labels = [AIRCRAFT[i[:-1]] for i in ids]
+            labels = labels if kind == "variant" else [makers[label] for label in labels]
+            lines = [f"{i} {label}\n" for i, label in zip(ids, labels, strict=True)]
+            (root / f"images_{kind}_{split}.txt").write_text("".join(lines))
+        (root / f"images_{split}.txt").write_text("\n".join(ids) + "\n")
+    (root / "images_box.txt").write_text("".join(f"{name} 1 2 30 40\n" for name in names))
+    with pytest.raises(DataError, match="2 sets of lists") as caught:
+        read(root)
+    assert caught.value.fix == "data.lists=variant or data.lists=manufacturer chooses one"
+    source = find_source(str(root), lists=ListOptions(lists="variant"))
+    assert source.classes == tuple(sorted(AIRCRAFT.values()))
+    assert counts(source) == {"train": 3, "val": 3, "test": 3}
+    assert source.parts["test"].ids == [f"images/{i}3.png" for i in AIRCRAFT]
+    labels = [source.classes[label] for label in source.parts["test"].labels]
+    assert labels == list(AIRCRAFT.values())
+    source = find_source(str(root), lists=ListOptions(lists="Manufacturer"))
+    assert source.classes == ("Boeing", "McDonnell Douglas", "Robin")
+    (root / "images_variant_test.txt").write_text("0034309 3\n")  # a chosen list has to be read
+    with pytest.raises(DataError, match=r"images_variant_test.txt: no column 'path'"):
+        find_source(str(root), lists=ListOptions(lists="variant"))
+
+
+# Numbers of classes in the list of a split
+
+
+def write_ilsvrc(root: Path, numbers: list[int]) -> None:
+    for name in ("n01", "n02", "n03"):
+        write_images(root / "train" / name, [f"{name}_0", f"{name}_1"])
+    names = [f"ILSVRC2012_val_{i:08}" for i in range(len(numbers))]
+    write_images(root / "val", names)
+    lines = [f"{name}.png {number}\n" for name, number in zip(names, numbers, strict=True)]
+    (root / "val.txt").write_text("".join(lines))
+
+
+def val_classes(root: Path) -> list[str]:
+    source = read(root)
+    return [source.classes[label] for label in source.parts["val"].labels]
+
+
+def test_numbers_count_the_lines_of_a_file_that_names_all_classes(root: Path) -> None:
+    write_ilsvrc(root, [1, 0, 2])
+    # Not in the order of the names, so that a guess would be wrong.
+    (root / "synset_words.txt").write_text("n02 goldfish, Carassius\nn03 shark\nn01 tench\n")
+    assert val_classes(root) == ["n03", "n02", "n01"]
+    note = "numbers of classes are those of synset_words.txt: 0 is n02, 1 is n03, 2 is n01"
+    assert note in read(root).notes
+
+
+def test_numbers_of_a_list_of_training_images_are_used(root: Path) -> None:
+    write_ilsvrc(root, [1, 0, 2])
+    number_of = {"n01": 2, "n02": 0, "n03": 1}
+    lines = [f"{name}/{name}_{i}.png {n}\n" for name, n in number_of.items() for i in (0, 1)]
+    (root / "train.txt").write_text("".join(lines))
+    assert val_classes(root) == ["n03", "n02", "n01"]
+    # A second file that contradicts it leaves the question open.
+    (root / "synsets.txt").write_text("n01\nn02\nn03\n")
+    with pytest.raises(DataError, match="numbers; train has names"):
+        read(root)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ([1, 2, 3], "n01\nn02\nn03\n"),  # from 1, as in the development kit: another order
+        ([1, 2], "n01\nn02\nn03\n"),  # from 0 or 1?
+        ([0, 1, 3], "n01\nn02\nn03\n"),
+        ([0, 1, 2], "n01\nn02\n"),
+        ([0, 1, 2], "n01\nn02\nn04\n"),
+    ],
+)
+def test_numbers_that_may_mean_something_else_are_errors(
+    root: Path, numbers: list[int], text: str
+) -> None:
+    write_ilsvrc(root, numbers)
+    (root / "synset_words.txt").write_text(text)
+    with pytest.raises(DataError, match="numbers; train has names"):
+        read(root)

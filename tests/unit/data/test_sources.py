@@ -201,6 +201,10 @@ def test_unknown_names_and_missing_paths_are_reported(data_root: Path, tmp_path:
     with pytest.raises(DataError, match="not a CSV or a tar") as caught_data:
         find_source(str(tmp_path / "a.zip"))
     assert "unpack" in caught_data.value.fix
+    write_image(tmp_path / "one.png")
+    with pytest.raises(DataError, match="not a CSV or a tar") as caught_data:
+        find_source(str(tmp_path / "one.png"))
+    assert "name the folder of all images" in caught_data.value.fix
 
 
 @pytest.mark.parametrize(
@@ -298,7 +302,8 @@ def test_small_classes_are_left_out_with_a_note(data_root: Path) -> None:
     assert source.notes == (
         "2 of 4 classes have fewer than 3 training images and are left out: c (1), d (0)",
     )
-    with pytest.raises(DataError, match="1 classes are left: a") as caught:
+    left = "1 classes are left: a; 3 of 4 classes have fewer"
+    with pytest.raises(DataError, match=left) as caught:
         find_source("pets", choice=ClassChoice(min_images=4))
     assert "data.min_images" in caught.value.fix
     with pytest.raises(DataError, match="class folders in train without images: d") as caught:

@@ -52,6 +52,8 @@ def test_another_encoding_is_an_error_that_shows_the_line(tmp_path: Path) -> Non
         "path|label\nimg/a.png|cat\n# half time\nimg/b c.png|dog\n",
         "path\tlabel\rimg/a.png\tcat\rimg/b c.png\tdog\r",
         '"path", "label"\n"img/a.png", "cat"\n"img/b c.png", "dog"\n',
+        "'path','label'\n'img/a.png','cat'\n'img/b c.png','dog'\n",
+        "// by a tool\npath|label\nimg/a.png|cat\nimg/b c.png|dog\n",
     ],
 )
 def test_dialects_give_the_same_cells(tmp_path: Path, text: str) -> None:
@@ -81,6 +83,12 @@ def test_words_are_cells_if_all_but_the_first_are_numbers(tmp_path: Path) -> Non
     assert table.lines == [(2, ["Abyssinian_1", "1", "1"]), (4, ["beagle_7", "2", "1"])]
     header = read(tmp_path / "list.txt", "path label width\na.png 1 20.5\nb.png 2 30\n")
     assert cells(header)[1:] == [["a.png", "1", "20.5"], ["b.png", "2", "30"]]
+    # An id and a label with blanks, or a path with a colon behind it.
+    text = "0034309 Boeing 707-320\n0034958 DR-400\n"
+    ids = [["0034309", "Boeing 707-320"], ["0034958", "DR-400"]]
+    assert cells(read(tmp_path / "list.txt", text)) == ids
+    colons = read(tmp_path / "list.txt", "img/a 1.png: cat\nimg/b.png : dog\n")
+    assert cells(colons) == [["img/a 1.png", "cat"], ["img/b.png", "dog"]]
     # Otherwise a path may have blanks.
     for text in ("my cat 1.png 0\nmy dog 2.png 1\n", "IMG 1 0\nIMG 2 1\n", "a b 0\n"):
         rows = [line.rsplit(" ", 1) for line in text.splitlines()]
@@ -167,6 +175,18 @@ def test_json_becomes_a_table(
 ) -> None:
     table = read(tmp_path / "a.json", json.dumps(content))
     assert (table.columns, cells(table)) == (columns, expected)
+
+
+def test_labels_of_vgg_image_annotator_are_attributes_of_the_file(tmp_path: Path) -> None:
+    content = {
+        f"{name}123": {"filename": name, "size": 123, "file_attributes": {"kind": kind}}
+        for name, kind in (("a.png", "cat"), ("b.png", "dog"))
+    }
+    table = read(tmp_path / "via.json", json.dumps(content))
+    assert (table.columns, cells(table)) == (
+        ["filename", "kind"],
+        [["a.png", "cat"], ["b.png", "dog"]],
+    )
 
 
 def test_json_lines_become_a_table(tmp_path: Path) -> None:

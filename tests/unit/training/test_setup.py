@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from convlens.data.dataset import Data, load_data
+from convlens.data.transforms.pipeline import build_pipeline
+from convlens.data.transforms.random import SampleInfo
 from convlens.distributed import SINGLE_PROCESS, ProcessGroup
 from convlens.engine.losses import ClassificationLoss
 from convlens.errors import DataError, UsageError
@@ -28,6 +30,7 @@ from convlens.training.setup import (
     build_criterion,
     build_network,
     build_training_job,
+    load_for_training,
 )
 from helpers.commands import pictures as class_folders
 from helpers.support import Memory, Split, begin, images_of, pictures, same, tiny
@@ -54,6 +57,27 @@ def unequal(*overrides: str) -> tuple[Recipe, Data]:
     rare = (labels == 8).nonzero().flatten()[:6]
     labels[rare] = torch.arange(6)
     return recipe, replace(data, train=replace(data.train, labels=labels))
+
+
+def test_what_is_drawn_of_an_augmentation_is_what_is_trained(tmp_path: Path) -> None:
+    """A fine-tuning chooses the size of the images, and trains on crops of three quarters of it."""
+    root = class_folders(tmp_path / "photos", {"red": 6, "green": 6}, size=70)
+    start = [f"data.name={root}", "model.name=resnet18", "model.stem=imagenet"]
+    recipe, data = load_for_training(load_recipe("folder", [*start, "model.weights=default"]))
+    assert data.image_size == transfer.SMALL_FINE_TUNING_SIZE
+    crop = round(transfer.CROP_RATIO * data.image_size)
+    assert dict(recipe.operations)["RandomResizedCrop"]["size"] == crop
+    augment = build_pipeline(recipe.operations, image_size=data.image_size, channels=3, classes=2)
+    after, _ = augment(
+        torch.zeros(2, 3, data.image_size, data.image_size),
+        torch.zeros(2, dtype=torch.int64),
+        SampleInfo(torch.arange(2), epoch=1, seed=0),
+        torch.Generator().manual_seed(0),
+    )
+    assert after.shape == (2, 3, crop, crop)
+
+    recipe, data = load_for_training(load_recipe("folder", [*start, "model.weights=none"]))
+    assert "size" not in dict(recipe.operations)["RandomResizedCrop"]
 
 
 def test_automatic_class_weights_by_hand() -> None:
