@@ -44,8 +44,8 @@ def depthwise(r: dict[str, Any]) -> str:
         "## Gradients of depthwise convolutions",
         "",
         f"Forward and backward pass of `{r['network']}` on {r['batch']} images of {r['size']} px, "
-        "on the CPU. Milliseconds for an image, and in brackets the ratio to convlens (bfloat16 with "
-        "its own gradients), as medians of rounds in turns.",
+        "on the CPU. Milliseconds for an image, and in brackets the ratio to convlens (bfloat16 "
+        "with its own gradients), as medians of rounds in turns.",
         "",
         "| trained from | torch, float32 | torch, bfloat16 | convlens, bfloat16 |",
         "|---|---|---|---|",
