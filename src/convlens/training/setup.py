@@ -53,7 +53,7 @@ class TrainingJob:
         found_range: the value range was found on the training images, not requested.
         start_reason: which network and weights `auto` chose and why; empty if it chose nothing.
         time_choice: what `train.minutes` chose, in one line; empty if it chose nothing.
-        deadline: the end of the time; None if the number of epochs does not depend on it.
+        deadline: the end of the time; None if the training may not be shortened.
         end_seconds: the predicted time after the last epoch.
         shortened: the epochs after which the rest was shortened because the training was too slow,
             with the new number of epochs each (`{"after": 2, "epochs": 4}`).
@@ -205,7 +205,7 @@ def build_training_job(
         found_range=requested.data.range == "auto" and data.conversion.value_range is not None,
         start_reason=start.reason,
         time_choice=fitted.line if fitted else "",
-        deadline=budget.deadline if budget and requested.train.epochs == "auto" else None,
+        deadline=budget.deadline if budget and fitted and fitted.may_be_shortened else None,
         end_seconds=fitted.end_seconds if fitted else 0.0,
     )
 

@@ -167,12 +167,14 @@ class FittedTraining:
         plan: None: it is still to be chosen.
         line: the choice in one line.
         end_seconds: predicted, after the last epoch.
+        may_be_shortened: whether fewer epochs would save time worth mentioning.
     """
 
     recipe: Recipe
     plan: Plan | None
     line: str
     end_seconds: float
+    may_be_shortened: bool
 
 
 def choose(
@@ -463,6 +465,7 @@ def choose_training(
             "plan": speed.plan,
             "line": describe_choice(recipe, choice, budget.deadline, left),
             "end_seconds": choice.end_seconds,
+            "may_be_shortened": not choice.option.head_only and _fixed_epochs(requested) is None,
         }
 
     decided = context.broadcast(decide)
@@ -474,6 +477,7 @@ def choose_training(
         plan if is_eager else None,
         decided["line"],
         decided["end_seconds"],
+        decided["may_be_shortened"],
     )
 
 
