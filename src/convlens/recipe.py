@@ -318,12 +318,16 @@ class TrainConfig(Section):
     """Number of epochs, batch size, choice of weights, and how steps are computed.
 
     Attributes:
+        minutes: the time for the whole training, test included. What the recipe leaves at `auto` of
+            image size, trainable stages and epochs is chosen so that it fits
+            (`training.time_budget`).
         monitor: the metric of the validation split by which the best epoch is selected. For
             unequal classes use `val_macro_f1` or `val_balanced_accuracy`, which count rare classes
             as much as common ones.
     """
 
     epochs: Annotated[int, Field(gt=0, le=1_000_000)] | Literal["auto"] = "auto"
+    minutes: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     batch_size: Annotated[int, Field(gt=0, le=10_000_000)] = 64
     patience: Positive | None = None
     monitor: Literal["val_loss", "val_accuracy", "val_macro_f1", "val_balanced_accuracy"] = (
@@ -346,6 +350,8 @@ class TrainConfig(Section):
     # features of up to 2,000 training images are stored in the model file; `without_features`:
     # all but the features, the largest part.
     calibrate: bool | Literal["without_features"] = True
+    # Number of training images whose features are stored; null: as many as fit, up to 2,000.
+    reference_images: Annotated[int, Field(gt=0, le=2000)] | None = None
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -829,17 +835,17 @@ def resolve_auto(
         changes["data.background"] = background
     if recipe.data.range == "auto" and value_range is not None:
         changes["data.range"] = list(value_range)
-    auto_epochs = _auto_epochs(images, is_pretrained=recipe.model.weights != "none")
-    epochs = auto_epochs if recipe.train.epochs == "auto" else recipe.train.epochs
+    usual_epochs = auto_epochs(images, is_pretrained=recipe.model.weights != "none")
+    epochs = usual_epochs if recipe.train.epochs == "auto" else recipe.train.epochs
     if recipe.augment == "auto":
-        is_short = epochs < SHORT_TRAINING * auto_epochs
+        is_short = epochs < SHORT_TRAINING * usual_epochs
         changes["augment"] = default_augmentation(
             image_size, channels, is_short=is_short, crop_size=crop_size
         )
     return recipe.replace(**changes, **{"train.epochs": epochs})
 
 
-def _auto_epochs(images: int, *, is_pretrained: bool) -> int:
+def auto_epochs(images: int, *, is_pretrained: bool) -> int:
     """Return the number of epochs that `auto` stands for."""
     if is_pretrained:
         epochs = round(FINE_TUNING_IMAGES_TO_SEE / images)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +39,7 @@ from convlens.cli.common import (
 )
 from convlens.cli.results import make_table, stdout_console
 from convlens.utils.console import print_status
+from convlens.utils.process import process_age
 
 if TYPE_CHECKING:  # these import torch, which `--help` must not wait for
     from convlens.data.audit import Audit
@@ -136,7 +138,11 @@ def train(
         return
     resolved = resolve.resolve_recipe(source, data=data, overrides=changes)
     run_dir = training_train.train(
-        resolved.recipe, is_unmodified_recipe=resolved.is_unmodified, extend=extend, **options
+        resolved.recipe,
+        is_unmodified_recipe=resolved.is_unmodified,
+        extend=extend,
+        started=time.monotonic() - process_age(),
+        **options,
     )
     if not as_json:
         print_run_summary(run_dir)

@@ -66,10 +66,13 @@ class NativeImages:
         side: Typical side in pixels: the median of the shorter sides or, for elongated images that
             are padded automatically, of the square root of the area.
         channels: 1 if all images are grey, otherwise 3.
+        count: Number of images in the training part of the source, from which others may be held
+            out.
     """
 
     side: int
     channels: int
+    count: int = 0
 
 
 # Returns the image size for a set whose recipe leaves it open; None for the default.
@@ -115,8 +118,8 @@ def choose_conversion(
             of the images, or the largest standard size that is not above their typical side.
     """
     if not isinstance(images, EncodedFiles):
-        _, channels, height, width = images.shape
-        native, size = NativeImages(height, channels), [(width, height)]
+        count, channels, height, width = images.shape
+        native, size = NativeImages(height, channels, count), [(width, height)]
         conversion = known or _resolve(config, size, native, height, choose_size)
         return ConversionChoice(conversion, native, kept_area(size, conversion.fit))
     headers = list(_probe(images, config.max_pixels or MAX_PIXELS).values())
@@ -124,7 +127,7 @@ def choose_conversion(
     shows_alpha = config.background == ALPHA
     is_grey = [header.grey or (shows_alpha and header.alpha) for header in headers]
     channels = 1 if is_grey and all(is_grey) else 3
-    native = NativeImages(_typical_side(config, sizes), channels)
+    native = NativeImages(_typical_side(config, sizes), channels, len(images))
     if known is not None:
         return ConversionChoice(known, native, kept_area(sizes, known.fit))
     default_size = max((s for s in STANDARD_SIZES if s <= native.side), default=STANDARD_SIZES[0])

@@ -94,7 +94,8 @@ def _validation_outputs(job: TrainingJob, loaded: LoadedModel) -> ValidationOutp
     plan = replace(plan, memory_format=job.plan.memory_format)
     plan.prepare_model(loaded.model)
     with_features = recipe.train.calibrate is True and has_penultimate_layer(loaded.model)
-    total = len(data.val) + outliers.MAX_VECTORS * with_features
+    references = recipe.train.reference_images or outliers.MAX_VECTORS
+    total = len(data.val) + references * with_features
     with progress_bar("calibrating", total, shown=not job.context.quiet) as bar:
 
         def run(split: Split) -> ModelOutputs:
@@ -112,6 +113,7 @@ def _validation_outputs(job: TrainingJob, loaded: LoadedModel) -> ValidationOutp
         reference = None
         if outputs.features is not None:
             count = outliers.max_vectors(outputs.features.shape[1])
+            count = min(count, recipe.train.reference_images or count)
             seed = recipe.train.seed
             chosen = outliers.choose_reference(data.train.labels.numpy(), count, seed)
             index = torch.from_numpy(chosen)

@@ -7,7 +7,7 @@ recipe says, and the plan (precision, memory format, micro-batches) is chosen.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from convlens.models import stages, zoo
 from convlens.recipe import Recipe, resolve_auto
 from convlens.run import Preprocessing
 from convlens.runtime import RuntimeContext
-from convlens.training import feature_cache, pretrained, transfer
+from convlens.training import feature_cache, pretrained, time_budget, transfer
 from convlens.training.autotune import Autotuner, TunedPlan
 from convlens.training.resolve import validate_recipe
 from convlens.utils.console import print_status
@@ -53,6 +53,11 @@ class TrainingJob:
         step_seconds: time of a step of the plan, if it was timed.
         found_range: the value range was found on the training images, not requested.
         start_reason: which network and weights `auto` chose and why; empty if it chose nothing.
+        time_choice: what `train.minutes` chose, in one line; empty if it chose nothing.
+        deadline: the end of the time; None if the training may not be shortened.
+        end_seconds: the predicted time after the last epoch.
+        shortened: the epochs after which the rest was shortened because the training was too slow,
+            with the new number of epochs each (`{"after": 2, "epochs": 4}`).
     """
 
     recipe: Recipe
@@ -73,11 +78,27 @@ class TrainingJob:
     step_seconds: float | None = None
     found_range: bool = False
     start_reason: str = ""
+    time_choice: str = ""
+    deadline: time_budget.Deadline | None = None
+    end_seconds: float = 0.0
+    shortened: list[dict[str, int]] = field(default_factory=list)
     state: TrainState = field(default_factory=TrainState)
 
     @property
     def epochs(self) -> int:
-        return int(self.recipe.train.epochs)
+        """The number of epochs to train."""
+        return self.shortened[-1]["epochs"] if self.shortened else int(self.recipe.train.epochs)
+
+    def shorten(self, after: int, epochs: int) -> None:
+        """Train `epochs` epochs in total; the learning rates after epoch `after` are adapted."""
+        self.schedule = time_budget.shorten_schedule(
+            self.schedule,
+            steps=len(self.inputs.batches),
+            planned=self.epochs,
+            done=after,
+            epochs=epochs,
+        )
+        self.shortened.append({"after": after, "epochs": epochs})
 
     @property
     def validation_work(self) -> float:
@@ -110,16 +131,22 @@ def build_training_job(
     *,
     plan: Plan | None = None,
     initial_state: InitialState | None = None,
+    budget: time_budget.TimeBudget | None = None,
 ) -> TrainingJob:
     """Build the training that `requested` describes on `data`. Every rank calls this.
 
     Args:
         plan: the plan of an interrupted run, to be used again. Default: the fastest one.
         initial_state: what an interrupted run saved of its pretrained weights.
+        budget: the time that a new run has, if `train.minutes` leaves anything open.
     """
     group = context.process_group
     backbones = context.broadcast(lambda: transfer.backbones_for(requested))
     start = transfer.choose_start(requested, data.native, backbones)
+    fitted = None
+    if budget is not None:
+        fitted = time_budget.choose_training(requested, start.recipe, data, budget, context)
+        start, plan = replace(start, recipe=fitted.recipe), fitted.plan
     recipe = _resolve_recipe(start, data)
     operations = pipeline.build_pipeline(
         recipe.operations,
@@ -178,6 +205,9 @@ def build_training_job(
         step_seconds=tuned.step_seconds,
         found_range=requested.data.range == "auto" and data.conversion.value_range is not None,
         start_reason=start.reason,
+        time_choice=fitted.line if fitted else "",
+        deadline=budget.deadline if budget and fitted and fitted.may_be_shortened else None,
+        end_seconds=fitted.end_seconds if fitted else 0.0,
     )
 
 

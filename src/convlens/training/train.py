@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -48,7 +49,7 @@ from convlens.run import (
     shared_run_dir,
 )
 from convlens.runtime import RuntimeContext
-from convlens.training import transfer
+from convlens.training import time_budget, transfer
 from convlens.training.autotune import check_device_options
 from convlens.training.calibrate import calibrate_model
 from convlens.training.checkpoint import (
@@ -101,6 +102,7 @@ def train(
     test: bool = True,
     device: str | None = None,
     quiet: bool = False,
+    started: float | None = None,
 ) -> RunDir:
     """Train `recipe` in its run directory, or find the finished run of the same recipe.
 
@@ -113,11 +115,13 @@ def train(
         extend: start where a finished run of this recipe with fewer epochs ended (`extend_run`).
         test: evaluate the test split once at the end, with the weights that validation selected.
         device: e.g. `cpu`, `cuda:1`; by default the best one available.
+        started: when the time of `train.minutes` began, as `time.monotonic`; by default now.
 
     Raises:
         ConvlensError: a problem the user can fix.
         KeyboardInterrupt: after Ctrl-C, with everything saved.
     """
+    started = time.monotonic() if started is None else started
     check_run_name(name)
     context = RuntimeContext.create(device, quiet=quiet)
     # A restart by torchrun resumes the run that its first attempt created.
@@ -148,7 +152,11 @@ def train(
             check_weights_available(transfer.choose_start(recipe, None, backbones).recipe.model)
         check_device_options(recipe, context.device)
         prepare(recipe.train.deterministic, context.device)
-        choose_size = partial(transfer.choose_image_size, recipe, backbones)
+        budget = None
+        choose_size: ChooseSize = partial(transfer.choose_image_size, recipe, backbones)
+        if time_budget.is_open(recipe) and not context.broadcast(run_dir.metadata):
+            budget = time_budget.TimeBudget(recipe, backbones, started, context)
+            choose_size = partial(time_budget.image_size_that_fits, recipe, backbones, budget)
         classes = context.broadcast(lambda: _recorded_classes(run_dir.metadata()))
         data = _load_data(recipe, recorded, classes, context, choose_size)
         with quiet_mode(quiet):
@@ -160,7 +168,9 @@ def train(
             if not context.broadcast(lambda: run_dir.is_finished):
                 if not metadata and not quiet:
                     data.print_similar_images()
-                job = _build_job(recipe, data, run_dir, metadata, context)
+                job = _build_job(
+                    recipe, data, run_dir, metadata, context, None if metadata else budget
+                )
                 rows, kept_epoch = fit(job, run_dir)
                 _finish(job, run_dir, rows, kept_epoch)
     if test:
@@ -292,6 +302,7 @@ def _build_job(
     run_dir: RunDir,
     metadata: Mapping[str, Any],
     context: RuntimeContext,
+    budget: time_budget.TimeBudget | None,
 ) -> TrainingJob:
     """Build the job of a new run, or that of an interrupted run from what it left behind."""
     if context.is_main_process:
@@ -303,7 +314,10 @@ def _build_job(
         context,
         plan=_stored_plan(metadata, context.device),
         initial_state=initial_state,
+        budget=budget,
     )
+    for each in metadata.get("shortened", []):
+        job.shorten(each["after"], each["epochs"])
     if not metadata:
         parameters = sum(parameter.numel() for parameter in job.model.parameters())
         files.warn_if_low_disk(run_dir.path, MIN_BYTES_PER_PARAMETER * parameters)
@@ -316,6 +330,8 @@ def _build_job(
         run_dir.create(job.recipe, _run_metadata(recipe, job))
         if job.start_reason and not context.quiet and is_first_time(job.start_reason):
             print_status(escape(job.start_reason))
+        if job.time_choice and not context.quiet:
+            print_status(escape(job.time_choice))
         choices = describe_choices(recipe, job)
         if choices and not context.quiet and is_first_time(choices):
             print_status(choices)
@@ -357,9 +373,9 @@ def describe_choices(requested: Recipe, job: TrainingJob) -> str:
     """Return what `auto` chose and about how long the training takes; empty without either."""
     recipe, chosen = job.recipe, list[str]()
     is_built_in = job.data.listing is None  # its images have one size
-    if requested.data.image_size == "auto" and not is_built_in:
+    if requested.data.image_size == "auto" and not is_built_in and not job.time_choice:
         chosen.append(f"{recipe.data.image_size} px")
-    if requested.train.epochs == "auto":
+    if requested.train.epochs == "auto" and not job.time_choice:
         chosen.append(f"{job.epochs} epochs")
     if requested.augment == "auto":
         names = [AUGMENT_NAMES.get(name, name) for name, _ in recipe.operations]
@@ -403,6 +419,7 @@ def fit(job: TrainingJob, run_dir: RunDir) -> tuple[list[dict[str, float]], int]
         print_status(
             f"resuming [bold]{run_dir.name}[/] after {steps_done} of {job.epochs * steps} steps"
         )
+    started = time.monotonic()
     last_step = replace(state)  # the state after the last step of an epoch, before validation
     with (
         catch_stop_signals() as signal,
@@ -438,6 +455,8 @@ def fit(job: TrainingJob, run_dir: RunDir) -> tuple[list[dict[str, float]], int]
                     row = process_group.broadcast(partial(dict, row))
                     checkpoints.on_epoch_end(row)
                     display.epoch(row, checkpoints.best.epoch)
+                    if job.deadline is not None:
+                        _keep_deadline(job, run_dir, started)
                     clock.restart()
                 stop = process_group.should_stop(now=True)
             if stop or checkpoints.is_finished or checkpoints.should_save:
@@ -452,6 +471,33 @@ def fit(job: TrainingJob, run_dir: RunDir) -> tuple[list[dict[str, float]], int]
     rows = checkpoints.rows
     keeps_last = job.recipe.train.keep == "last"
     return rows, int(rows[-1]["epoch"]) if keeps_last else checkpoints.kept_epoch()
+
+
+def _keep_deadline(job: TrainingJob, run_dir: RunDir, started: float) -> None:
+    """Shorten the rest of the training if it would take too long. Rank 0 decides for all.
+
+    Args:
+        started: when the first epoch started, as `time.monotonic`.
+    """
+    deadline, done = job.deadline, job.state.epoch - 1
+    if deadline is None or done >= job.epochs:
+        return
+
+    def decide() -> int:
+        return time_budget.epochs_that_fit(
+            job.epochs,
+            done,
+            seconds_per_epoch=(time.monotonic() - started) / done,
+            seconds_left=deadline.left() - job.end_seconds,
+        )
+
+    epochs = job.process_group.broadcast(decide)
+    if epochs < job.epochs:
+        print_status(
+            f"slower than expected: {epochs} instead of {job.epochs} epochs fit into {deadline}"
+        )
+        job.shorten(done, epochs)
+        run_dir.update_metadata({"shortened": job.shortened})
 
 
 def run_train_loop(job: TrainingJob, process_group: ProcessGroup) -> Records:
@@ -488,7 +534,13 @@ def _training_records(
         checkpoints.write_missing_files()
         return
     try:
-        yield from run_train_loop(job, process_group)
+        epochs = 0
+        while job.state.epoch <= job.epochs and epochs != job.epochs:
+            epochs = job.epochs
+            for record in run_train_loop(job, process_group):
+                yield record
+                if job.epochs != epochs:  # shortened: go on with the new schedule
+                    break
     except (DataError, ResourceError):  # e.g. an image became unreadable: between two steps
         checkpoints.save()
         raise

@@ -248,4 +248,6 @@ def with_recorded_choices(requested: Recipe, recorded: Recipe) -> Recipe:
                 values[section][key] = chosen[section][key]
     if values["augment"] == "auto":
         values["augment"] = chosen["augment"]
+    if requested.train.minutes is not None:
+        values["train"]["reference_images"] = chosen["train"]["reference_images"]
     return Recipe.model_validate(values)

@@ -266,6 +266,17 @@ def threads_chosen() -> bool:
     return any(variable.startswith(b"OMP_NUM_THREADS=") for variable in torchrun_environment)
 
 
+def process_age() -> float:
+    """Return the seconds since this process was started; 0 on systems other than Linux."""
+    try:
+        # The name of the program, in parentheses, may contain blanks.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return max(0.0, uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
 def set_environment() -> None:
     """Set variables that libraries read from the environment when they are loaded.
 
