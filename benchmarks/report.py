@@ -12,6 +12,7 @@ from tables.accuracy import accuracies, published, variants
 from tables.gpu import cifar_speed, roofline, warm_mnist
 from tables.inside import attribution, labels, looking
 from tables.peers import peers
+from tables.photographs import photographs
 from tables.speed import (
     allocator,
     depthwise,
@@ -61,6 +62,8 @@ SECTIONS = {
     "attribution": attribution,
     "unequal-classes": unequal_classes,
     "unknown-images": unknown_images,
+    "photographs": photographs,
+    "photographs-20": photographs,
 }
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 
+import fastai.callback.progress
+import fastai.callback.schedule  # noqa: F401  (both add methods to Learner)
 import pandas as pd
 import torch
 from fastai.callback.core import CancelFitException

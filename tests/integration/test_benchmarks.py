@@ -280,3 +280,112 @@ def test_table_of_serving_states_the_ratio_and_the_memory() -> None:
     table = serve(result)
     assert "| 8.5 | 10.0 | **0.85** | 0.80-0.90 | 10 | 20 | 30 | 7 |" in table
     assert "5,000 requests in 600 s: no errors, p99 30 ms, memory 900 MB" in table
+
+
+def test_the_lists_of_photographs_are_stratified_and_differ_by_split(tmp_path: Path) -> None:
+    import photographs
+
+    for name in ("ants", "bees"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(20):
+            (tmp_path / "set" / name / f"{number:02}.jpg").touch()
+
+    def lists(split: int, **options: int) -> dict[str, list[str]]:
+        photographs.write_list(tmp_path / "set", split, tmp_path / "list.csv", **options)
+        rows = [line.split(",") for line in (tmp_path / "list.csv").read_text().split()[1:]]
+        return {
+            name: [
+                Path(path).parent.name + Path(path).stem for path, _, part in rows if part == name
+            ]
+            for name in ("train", "val", "test")
+        }
+
+    first, second = lists(0), lists(1)
+    assert {name: len(images) for name, images in first.items()} == {
+        "train": 28,
+        "val": 6,
+        "test": 6,
+    }
+    every = [sorted(image for part in each.values() for image in part) for each in (first, second)]
+    assert every[0] == every[1]
+    assert first != second
+    assert photographs.test_labels(tmp_path / "list.csv") == [0, 0, 0, 1, 1, 1]
+    few = lists(0, per_class=5)
+    assert (few["val"], few["test"]) == (first["val"], first["test"])
+    assert [sum(image.startswith(name) for image in few["train"]) for name in ("ants", "bees")] == [
+        5,
+        5,
+    ]
+
+
+def test_the_gain_on_photographs_is_paired_over_the_images_of_all_splits() -> None:
+    from photographs import compare
+
+    labels = {"0": [0, 0, 1, 1], "1": [0, 1, 1, 1]}
+    ours, theirs = {"0": [0, 0, 1, 0], "1": [0, 1, 1, 1]}, {"0": [0, 1, 0, 1], "1": [0, 1, 1, 0]}
+    runs: Any = {
+        name: {
+            split: {
+                "predicted": predicted[split],
+                "seconds": 60.0,
+                "accuracy": np.mean(np.array(predicted[split]) == labels[split]),
+            }
+            for split in labels
+        }
+        for name, predicted in (("convlens", ours), ("loop", theirs))
+    }
+    summary = compare(runs, labels)
+    assert summary["convlens"]["mean"] == pytest.approx((0.75 + 1) / 2)
+    assert summary["loop"]["mean"] == pytest.approx((0.5 + 0.75) / 2)
+    # 3 of 8 images only we have right, 1 of 8 only they: McNemar's p is 2 * (1 + 4) / 16.
+    assert summary["loop"]["gain"] == pytest.approx((3 - 1) / 8)
+    assert summary["loop"]["p"] == pytest.approx(0.625)
+
+
+def test_the_peers_choose_the_largest_size_for_which_five_epochs_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("timm")
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
+    from photographs_task import size_and_epochs
+
+    # 1.05 s for a batch of 160 px, 10 batches an epoch; the warm-up does not count. At 224 px the
+    # five epochs and two other batches take 1.05 * 1.96 * 52 = 107.0 s.
+    times = [9.0, 1.0, 1.0]
+    assert size_and_epochs(times, 10, 107.1, other_batches=2) == (224, 5)
+    assert size_and_epochs(times, 10, 106.9, other_batches=2) == (192, 6)
+    # At 128 px 1.05 * 0.64 * 12 = 8.1 s for one epoch, which is the least.
+    assert size_and_epochs(times, 10, 8.2, other_batches=2) == (128, 1)
+    assert size_and_epochs(times, 10, -1.0, other_batches=2) == (128, 1)
+    assert size_and_epochs(times, 10, 1e6, other_batches=2) == (224, 20)
+
+
+def test_the_table_of_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tables import photographs
+
+    monkeypatch.setattr(photographs, "FOLDER", tmp_path)
+    runs = {"0": {"seconds": 58.0, "epochs": 4, "size": 128}}
+    hardware = {"cpu": "a CPU", "cpu_capability": "AVX2", "threads": 2, "python": "3", "torch": "2"}
+    summary = {"mean": 0.9, "sd": 0.01, "seconds": 58.0}
+    gain = {"gain": 0.05, "gain_interval95": [0.01, 0.09], "p": 0.01}
+    result = {
+        "name": "photographs",
+        "data": "flowers",
+        "splits": 1,
+        "per_class": None,
+        "minutes": {
+            "1": {
+                "runs": {"convlens": runs, "loop": runs},
+                "summary": {"convlens": summary, "loop": {**summary, **gain}},
+            }
+        },
+        "hardware": hardware,
+        "command": "make",
+        "date": "today",
+        "torchvision": "0",
+        "load_average": 0.0,
+    }
+    text = photographs.photographs(result)
+    assert "| 1 | convlens, `train.minutes` | 90.0 ± 1.00% | – | 58 | 128 | 4 |" in text
+    assert "| **+5.0 (+1.0 to +9.0)** | 58 | 128 | 4 |" in text
+    assert (tmp_path / "docs" / "figures" / "photographs.svg").read_text().startswith("<?xml")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -110,3 +111,15 @@ def test_a_signal_is_delivered_after_a_call_of_a_thread_pool() -> None:
         failing = process.submit_task(pool, int, "x")
         with pytest.raises(ValueError, match="invalid literal"):
             process.wait_for_result(failing)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux only")
+def test_the_age_of_a_process_counts_from_its_start() -> None:
+    code = (
+        "import time; time.sleep(0.3); from convlens.utils.process import process_age; "
+        "print(process_age())"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    # The kernel counts in hundredths of a second.
+    assert 0.28 <= float(done.stdout) <= time.monotonic() - start + 0.02
