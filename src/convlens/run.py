@@ -27,7 +27,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +60,7 @@ from convlens.run_folders import (
 )
 from convlens.serialization import CheckpointStore
 from convlens.uncertainty.calibration import ModelCalibration
-from convlens.utils import files
+from convlens.utils import files, process
 
 RESULTS_LOCK_TIMEOUT_S = 60.0  # the lock on results.json is held for milliseconds
 MAX_NAME_BYTES = 150  # of a run name; file systems allow 255, and file names of plots are longer
@@ -74,6 +74,7 @@ LOCKED_FILES = (
     "metrics.csv",
     "split.csv",
     "images.csv.gz",
+    "trainer.json",
 )
 RESULTS_FILES = ("results.json",)
 # Earlier versions stored a hash of each JSON object under these keys.
@@ -250,8 +251,20 @@ class RunDir:
         return self.metadata().get("status") == "finished" and self.model_path.exists()
 
     def lock(self) -> AbstractContextManager[None]:
-        """Return the lock that a process holds while it trains the run."""
+        """Return the lock that a process holds while it writes the run."""
         return files.lock(self.path / ".lock", what=f"run {self.name!r}", owned=LOCKED_FILES)
+
+    def recorded_trainer(self) -> AbstractContextManager[None]:
+        """Record in `trainer.json` which process trains the run, so that others can stop it."""
+        return _recorded_process(self.path / "trainer.json")
+
+    def trainer(self) -> dict[str, Any] | None:
+        """Return what `recorded_trainer` recorded; None if nobody trains the run.
+
+        The record of a process that was killed stays: ask `process.is_running`.
+        """
+        found: dict[str, Any] = read_json(self.path / "trainer.json", {}, as_object)
+        return found or None
 
     def remove_if_empty(self) -> None:
         """Remove the directory if it holds nothing but the lock, as after a start that failed."""
@@ -722,6 +735,15 @@ def _number(value: float) -> str:
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else f"{value:.8g}"
 
 
+@contextlib.contextmanager
+def _recorded_process(path: Path) -> Iterator[None]:
+    files.write_atomic(path, to_json(process.identify_process()))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
 class ReadOnlyRunDir(RunDir):
     """Read-only view of the run directory for ranks other than 0: writing methods do nothing."""
 
@@ -734,6 +756,9 @@ class ReadOnlyRunDir(RunDir):
     def finish(self, **changes: Any) -> None: ...
 
     def lock(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def recorded_trainer(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def save_model(self, weights: Mapping[str, Tensor], model_metadata: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 import convlens
 from helpers.browser import Browser, browser, check_browser
-from helpers.commands import picture
+from helpers.commands import picture, start
 from helpers.exploring import running_page
 from helpers.support import TINY
 
@@ -78,6 +79,11 @@ def page(window: Browser, url: str) -> Iterator[Browser]:
     window.until(READY)
     yield window
     assert window.console() == []
+
+
+# Two charts have been drawn for the run that is selected first.
+WATCHED = "return document.querySelectorAll('#curves svg.chart').length == 2"
+STATES = "return [...document.getElementById('runs').rows].map((r) => r.dataset.state).join()"
 
 
 def base(url: str) -> str:
@@ -279,6 +285,19 @@ def test_webcam_picture_is_classified(page: Browser) -> None:
     assert page.do("return document.getElementById('video').srcObject") is None
 
 
+def check_accessibility(window: Browser, script: str) -> None:
+    """Run axe-core, whose source is `script`, on the page that is open."""
+    window.do(script)
+    result = window.wait("axe.run().then(arguments[arguments.length - 1])")
+    violations = [
+        (rule["id"], node["target"], node["failureSummary"])
+        for rule in result["violations"]
+        for node in rule["nodes"][:3]
+    ]
+    assert violations == []
+    assert len(result["passes"]) > 20
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("axe_core_python") is None, reason="axe-core-python is not installed"
 )
@@ -299,13 +318,57 @@ def test_axe_finds_no_accessibility_problems(window: Browser, url: str, dark: bo
         window.do("document.querySelector(arguments[0])?.click()", selector)
         if selector != "#none":
             window.until("return document.querySelectorAll('#channel-images img').length == 9")
-        window.do(script)
-        result = window.wait("axe.run().then(arguments[arguments.length - 1])")
-        violations = [
-            (rule["id"], node["target"], node["failureSummary"])
-            for rule in result["violations"]
-            for node in rule["nodes"][:3]
-        ]
-        assert violations == []
-        assert len(result["passes"]) > 20
+        check_accessibility(window, script)
     window.do("document.getElementById('channel').close()")
+    window.open(base(url) + "watch")
+    window.until(WATCHED)
+    check_accessibility(window, script)
+
+
+@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+def test_watch_draws_the_curves_of_the_selected_runs(
+    window: Browser, url: str, size: tuple[int, int]
+) -> None:
+    window.size(*size)
+    window.open(base(url) + "watch")
+    window.until(WATCHED)
+    assert window.do(STATES) == "finished,finished"
+    legend = "return [...document.querySelectorAll('#curves bdi')].map((e) => e.textContent).join()"
+    assert window.do(legend) == "training,validation,training,validation"
+    cells = "return [...document.querySelectorAll('#runs tr')].map((r) => r.cells[3].textContent)"
+    assert window.do(cells) == ["3/3", "4/4"]
+    window.click("#runs tr:nth-child(2) input")
+    assert window.until(f"const f = () => {{ {legend} }}; return f() === 'one,two,one,two'")
+    assert window.do("return document.activeElement.type") == "checkbox"  # it keeps the focus
+    assert window.do("return document.documentElement.scrollWidth") == size[0]
+    assert window.console() == []
+
+
+def test_watch_follows_a_training_and_stops_it(window: Browser, url: str, root: Path) -> None:
+    window.size(*DESK)
+    window.open(base(url) + "watch")
+    window.until(WATCHED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("CONVLENS_CACHE", str(root / "cache"))
+        training = start(
+            *("train", "digits", "data.per_class=8", "train.epochs=1000000", "--name", "long")
+        )
+    try:
+        row = "const r = document.querySelector('tr[data-run=long]'); return r && "
+        window.until(row + "r.dataset.state === 'training' && r.cells[8].textContent !== '–'")
+        epoch = window.do(row + "parseInt(r.cells[3].textContent)")
+        window.until(row + f"parseInt(r.cells[3].textContent) > {epoch}")
+        window.click("tr[data-run=long] button")
+        window.click("#stop-no")
+        assert training.poll() is None
+        window.click("tr[data-run=long] button")
+        window.click("#stop-yes")
+        _, errors = training.communicate(timeout=60)
+        assert "everything is saved" in errors
+        window.until(row + "r.dataset.state === 'interrupted'")
+        assert window.console() == []
+    finally:
+        training.kill()
+        training.wait()
+        shutil.rmtree(root / "models" / "long", ignore_errors=True)

@@ -31,6 +31,7 @@ from convlens.explore import security, web
 from convlens.explore.jobs import Job, JobCancelled, started_jobs
 from convlens.explore.security import Access, Guard, Limits
 from convlens.explore.try_image import try_routes
+from convlens.explore.watch import watch_routes
 from convlens.explore.web import answer, workspace_of
 from convlens.explore.workspace import Workspace
 from convlens.utils.console import print_status
@@ -60,7 +61,7 @@ class PagePart:
     routes: Callable[[], list[Route]]
 
 
-PARTS = (PagePart("try", "Try", try_routes),)
+PARTS = (PagePart("try", "Try", try_routes), PagePart("watch", "Watch", watch_routes))
 
 
 def make_app(workspace: Workspace, access: Access, limits: Limits | None = None) -> Starlette:

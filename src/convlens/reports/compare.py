@@ -15,7 +15,7 @@ from convlens.metrics import (
     difference_on_images,
     holm_adjust,
 )
-from convlens.reports.contents import ReportContents
+from convlens.reports.contents import MetricsRow, ReportContents
 from convlens.reports.html import (
     ChartLine,
     PageSection,
@@ -244,25 +244,33 @@ def compare_paired(comparison: ComparedRuns) -> Markup | None:
 
 def compare_curves(comparison: ComparedRuns) -> Markup | None:
     """Render overlaid validation curves, or training curves if a run was not validated."""
-    runs = [contents for contents in comparison.runs if contents.rows][:MAX_CURVES]
+    runs = [(each.name, each.rows) for each in comparison.runs if each.rows][:MAX_CURVES]
     if not runs:
         return None
-    validated = all(any(math.isfinite(r["val_loss"]) for r in run.rows) for run in runs)
+    omitted = len(comparison.runs) - len(runs)
+    return render_template("compare-curves.html", charts=overlaid_curves(runs), omitted=omitted)
+
+
+def overlaid_curves(runs: Sequence[tuple[str, Sequence[MetricsRow]]]) -> list[dict[str, Any]]:
+    """Return charts of the validation loss and accuracy of runs, or of training without any.
+
+    Args:
+        runs: names and rows of `metrics.csv`; at most `MAX_CURVES`, none of them empty.
+    """
+    validated = all(any(math.isfinite(row["val_loss"]) for row in rows) for _, rows in runs)
     split = "val" if validated else "train"
-    longest = max((run.rows for run in runs), key=len)
-    epochs = [row["epoch"] for row in longest]
+    epochs = [row["epoch"] for row in max((rows for _, rows in runs), key=len)]
     charts = []
     for key, label, percent in (("loss", "loss (nats)", False), ("accuracy", "accuracy", True)):
         lines = [
-            ChartLine(contents.name, f"c{number}", [row[f"{split}_{key}"] for row in contents.rows])
-            for number, contents in enumerate(runs)
+            ChartLine(name, f"c{number}", [row[f"{split}_{key}"] for row in rows])
+            for number, (name, rows) in enumerate(runs)
         ]
         title = f"{SPLIT_WORDS[split].capitalize()} {label}"
         legend = [(color_swatch(line.css_class), line.name) for line in lines]
         svg = line_chart(epochs, lines, title, percent=percent)
         charts.append({"title": title, "svg": svg, "legend": legend})
-    omitted = len(comparison.runs) - len(runs)
-    return render_template("compare-curves.html", charts=charts, omitted=omitted)
+    return charts
 
 
 def compare_classes(comparison: ComparedRuns) -> Markup | None:

@@ -212,20 +212,9 @@ def curves_section(contents: ReportContents) -> Markup | None:
     """Render loss and accuracy over epochs with the kept epoch marked, and their table."""
     if not contents.rows:
         return None
-    epochs = [row["epoch"] for row in contents.rows]
-    charts = []
-    for key, label, percent in (("loss", "Loss (nats)", False), ("accuracy", "Accuracy", True)):
-        lines = [
-            ChartLine(SPLIT_WORDS[split], split, [row[f"{split}_{key}"] for row in contents.rows])
-            for split in ("train", "val")
-        ]
-        lines = [line for line in lines if any(map(math.isfinite, line.values))]
-        svg = line_chart(epochs, lines, label, percent=percent, mark=contents.kept_epoch)
-        legend = [(color_swatch(line.css_class), line.name) for line in lines]
-        charts.append({"title": label, "svg": svg, "legend": legend})
     return render_template(
         "curves.html",
-        charts=charts,
+        charts=training_curves(contents.rows, contents.kept_epoch),
         rows=contents.rows[:MAX_EPOCHS],
         gaps=_describe_gaps(contents.rows),
         kept=contents.kept_epoch,
@@ -238,6 +227,29 @@ def curves_section(contents: ReportContents) -> Markup | None:
             if any(math.isfinite(row.get(key, math.nan)) for row in contents.rows)
         },
     )
+
+
+def training_curves(
+    rows: Sequence[MetricsRow], kept_epoch: int | None = None
+) -> list[dict[str, Any]]:
+    """Return charts of the loss and accuracy of a run, in training and validation.
+
+    Args:
+        rows: of `metrics.csv`, not empty.
+        kept_epoch: is marked.
+    """
+    epochs = [row["epoch"] for row in rows]
+    charts = []
+    for key, label, percent in (("loss", "Loss (nats)", False), ("accuracy", "Accuracy", True)):
+        lines = [
+            ChartLine(SPLIT_WORDS[split], split, [row[f"{split}_{key}"] for row in rows])
+            for split in ("train", "val")
+        ]
+        lines = [line for line in lines if any(map(math.isfinite, line.values))]
+        svg = line_chart(epochs, lines, label, percent=percent, mark=kept_epoch)
+        legend = [(color_swatch(line.css_class), line.name) for line in lines]
+        charts.append({"title": label, "svg": svg, "legend": legend})
+    return charts
 
 
 def _describe_gaps(rows: Sequence[MetricsRow]) -> str:

@@ -171,8 +171,9 @@ def train(
                 job = _build_job(
                     recipe, data, run_dir, metadata, context, None if metadata else budget
                 )
-                rows, kept_epoch = fit(job, run_dir)
-                _finish(job, run_dir, rows, kept_epoch)
+                with run_dir.recorded_trainer():
+                    rows, kept_epoch = fit(job, run_dir)
+                    _finish(job, run_dir, rows, kept_epoch)
     if test:
         evaluation.evaluate(run_dir, "test", device=device, quiet=quiet, own_data=data)
     return run_dir

@@ -16,7 +16,7 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,3 +313,43 @@ def set_up() -> None:
     gc.set_threshold(GC_THRESHOLD)
     with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be replaced
         faulthandler.enable()  # prints a traceback when C code crashes
+
+
+def identify_process(pid: int | None = None) -> dict[str, Any]:
+    """Return what tells a process of this machine from every other one: host, pid and start.
+
+    Args:
+        pid: by default this process.
+    """
+    pid = os.getpid() if pid is None else pid
+    return {"host": platform.node(), "pid": pid, "started": _start_ticks(pid)}
+
+
+def is_running(identity: Mapping[str, Any]) -> bool | None:
+    """Return whether a process that `identify_process` described still runs.
+
+    None if it is one of another machine, which cannot be seen from here.
+    """
+    if identity.get("host") != platform.node():
+        return None
+    pid = identity.get("pid")
+    if not isinstance(pid, int) or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, as another user
+        pass
+    # A later process may have the same number.
+    return _start_ticks(pid) == identity.get("started")
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since the machine did; None if unknown."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # not Linux
+        return None
+    # The name of the program is in parentheses and may contain spaces and parentheses.
+    return int(stat.rpartition(")")[2].split()[19])
