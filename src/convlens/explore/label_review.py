@@ -132,9 +132,8 @@ class Decisions:
         complete = content[: _complete_length(content)]
         try:
             rows = list(csv.reader(io.StringIO(complete.decode(), newline=""), strict=True))
-            if self._read_bytes == 0 and rows:
-                if tuple(rows.pop(0)) != COLUMNS:
-                    raise ValueError
+            if self._read_bytes == 0 and rows and tuple(rows.pop(0)) != COLUMNS:
+                raise ValueError
             for row in rows:
                 self._add(_parse(row, len(self.lines) + 1))
         except (ValueError, KeyError, csv.Error):
