@@ -20,7 +20,7 @@ def test_help_lists_the_commands_in_panels_in_this_order() -> None:
         elif match := re.match(r"│ (\w+) ", line):
             listed.append(match[1])
     assert " ".join(listed).startswith(
-        "Everyday train predict evaluate report Understand look compare diagnose "
+        "Everyday train predict evaluate report Understand explore look compare diagnose "
         "Data audit labels augment shard Hand over export Other recipes weights info"
     )
 

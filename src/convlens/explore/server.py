@@ -41,6 +41,7 @@ from convlens.version import __version__
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+WARM_UP_AFTER_S = 0.7  # a page that is open by then has asked for its model already
 HEADER_SECONDS = 10.0  # until a connection has sent a complete request
 SHUTDOWN_SECONDS = 3  # until requests that are being answered are cut off
 MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -96,17 +97,21 @@ def make_app(workspace: Workspace, access: Access, limits: Limits | None = None)
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
-    """Import torch and open the first model once the server accepts connections."""
-    workspace: Workspace = app.state.workspace
-    workspace.jobs.quick.submit(lambda job: _warm_up(workspace), title="opening the model")
+    """Import torch and open the first model soon after the server has started.
+
+    Not at once, since loading torch's libraries blocks all threads, and the page comes first.
+    """
+    asyncio.get_running_loop().call_later(WARM_UP_AFTER_S, _warm_up, app.state.workspace)
     yield
 
 
 def _warm_up(workspace: Workspace) -> None:
-    ids = workspace.run_ids()
-    if ids:
-        with contextlib.suppress(ConvlensError):  # opening it for a request says why
-            workspace.open(ids[0])
+    def open_first(job: Job) -> None:
+        workspace.open(workspace.run_ids()[0])
+
+    with contextlib.suppress(ResourceError):  # the server is stopping
+        # Errors are left to the requests for this run.
+        workspace.jobs.quick.submit(open_first, title="opening the model")
 
 
 async def _handle_error(request: Request, error: Exception) -> Response:

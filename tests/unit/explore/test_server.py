@@ -11,8 +11,11 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 import pytest
 from starlette.applications import Starlette
 
@@ -198,3 +201,16 @@ def test_server_runs_beside_the_event_loop_of_a_notebook(page: Page) -> None:
             assert address
 
     asyncio.run(cell())
+
+
+def test_color_scales_of_the_page_are_those_of_the_figures() -> None:
+    from convlens.plots import attributions, style
+
+    script = (resources.files("convlens.explore") / "static" / "colors.js").read_text()
+    scales = dict(re.findall(r'(\w+): "([0-9a-f]+)"', script))
+    used = {style.SEQUENTIAL, style.DIVERGING}
+    used |= {attributions.UNSIGNED_COLORMAP, attributions.SIGNED_COLORMAP}
+    assert scales.keys() == used
+    for name, stops in scales.items():
+        colors = matplotlib.colormaps[name](np.linspace(0, 1, 17))[:, :3]
+        assert bytes.fromhex(stops) == (colors * 255).round().astype(np.uint8).tobytes()

@@ -262,3 +262,22 @@ def test_progress_display_shows_numbers_when_they_have_arrived() -> None:
     assert (amount, next_amount) == (3, 1)
     assert text is not None
     assert text.startswith("epoch 1/3  loss 0.250  accuracy 75.0%")
+
+
+def test_listener_gets_the_progress_of_all_bars_and_can_stop_the_work() -> None:
+    seen: list[tuple[object, ...]] = []
+
+    def listen(*progress: object) -> None:
+        seen.append(progress)
+        if progress[1] == 3:
+            raise KeyError("stop")
+
+    with console.listen_to_progress(listen), console.progress_bar("one", 5, shown=False) as bar:
+        bar.advance()
+        with console.quiet_mode(), console.progress_bar("two", 2) as inner:
+            inner.advance(2)
+        with pytest.raises(KeyError, match="stop"):
+            bar.advance(2)
+    with console.progress_bar("after", 1, shown=False) as bar:
+        bar.advance()
+    assert seen == [("one", 1, 5), ("two", 2, 2), ("one", 3, 5)]

@@ -212,7 +212,7 @@ export class View {
     stage.addEventListener("pointerdown", (event) => {
       if (event.button !== 0) return;
       event.preventDefault();
-      stage.focus();
+      stage.focus({ focusVisible: false });
       stage.setPointerCapture(event.pointerId);
       move(...point(event));
       this.onHide(...this.cursor);
@@ -220,8 +220,12 @@ export class View {
     stage.addEventListener("pointermove", (event) => {
       const steps = event.getCoalescedEvents?.() || [];
       for (const each of steps.length ? steps : [event]) {
-        move(...point(each));
-        if (stage.hasPointerCapture(event.pointerId)) this.onHide(...this.cursor);
+        const [fromX, fromY] = this.cursor, [x, y] = point(each);
+        move(x, y);
+        if (!stage.hasPointerCapture(event.pointerId)) continue;
+        // A fast mouse leaves gaps between two events.
+        const count = Math.ceil((2 * Math.hypot(x - fromX, y - fromY)) / this.settings.brush) || 1;
+        for (let i = 1; i <= count; i++) this.onHide(fromX + ((x - fromX) * i) / count, fromY + ((y - fromY) * i) / count);
       }
     });
     stage.addEventListener("keydown", (event) => {
