@@ -149,7 +149,9 @@ class Workspace:
         data: Sequence[str] = (),
     ) -> None:
         self.jobs = jobs
-        self.data_names = tuple(dict.fromkeys(data))
+        self.data_names = tuple(
+            os.path.abspath(name) if os.path.exists(name) else name for name in dict.fromkeys(data)
+        )
         self.device = device
         self.follows_folder = not names
         self._models_folder = MODELS_DIR.absolute()
