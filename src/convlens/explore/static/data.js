@@ -107,7 +107,7 @@ function thumb(image, onOpen) {
   return make("li", {}, button);
 }
 
-const turn = (by) => showPage(Math.min(Math.max(page + by, 0), lastPage())).catch(showError);
+const turn = (by) => facts && showPage(Math.min(Math.max(page + by, 0), lastPage())).catch(showError);
 find("previous").addEventListener("click", () => turn(-1));
 find("next").addEventListener("click", () => turn(1));
 find("page").addEventListener("change", () => turn((Number(find("page").value) || 1) - 1 - page));
@@ -125,6 +125,7 @@ document.addEventListener("keydown", (event) => {
 // -- the sealed test split
 
 find("split").addEventListener("change", () => {
+  if (!facts) return; // another set is being opened
   if (find("split").value !== "test" || facts.test_is_open) {
     find("split").dataset.before = find("split").value;
     showPage(0).catch(showError);
@@ -138,7 +139,7 @@ find("split").addEventListener("change", () => {
   find("sealed").showModal();
 });
 find("sealed").addEventListener("close", () => {
-  if (!facts.test_is_open) find("split").value = find("split").dataset.before;
+  if (facts && !facts.test_is_open) find("split").value = find("split").dataset.before;
 });
 find("keep-sealed").addEventListener("click", () => find("sealed").close());
 find("open-sealed").addEventListener("click", async () => {

@@ -1,12 +1,12 @@
 // The part Labels: suspected labels, one image at a time.
-import { clearError, finished, make, percent, request, showError } from "./app.js";
+import { RequestError, clearError, finished, make, percent, request, showError } from "./app.js";
 
 const find = (id) => document.getElementById(id);
 const page = sessionStorage.getItem("page") || crypto.getRandomValues(new Uint32Array(3)).join("-");
 sessionStorage.setItem("page", page);
 const DECISIONS = { keep: "keep the label", delete: "delete the image", skip: "skipped" };
 let review = null, position = 0, token = 0;
-let writing = Promise.resolve(); // decisions are sent in the order of the keys
+let writing = Promise.resolve(), pending = 0; // decisions are sent in the order of the keys
 
 // -- lists
 
@@ -54,7 +54,7 @@ function showFacts() {
   const listed = review.suspects.length;
   const all = review.total > listed ? ` (the most certain of ${review.total.toLocaleString("en")})` : "";
   find("list-facts").textContent = review.of_files
-    ? `${decided} of ${listed.toLocaleString("en")}${all} decided, in ${review.decisions_file}`
+    ? `${decided} of ${listed.toLocaleString("en")}${all} decided, ${pending ? "being written to" : "in"} ${review.decisions_file}`
     : "The images of this data set are not files, so their labels cannot be corrected.";
 }
 
@@ -130,36 +130,43 @@ function showChoices() {
 
 // -- decisions
 
-function applyNews({ known, changes }) {
-  review.known = known;
-  for (const [number, decision] of Object.entries(changes)) review.suspects[number].decision = decision;
+function applyNews(list, { known, changes }) {
+  list.known = known;
+  for (const [number, decision] of Object.entries(changes)) list.suspects[number].decision = decision;
 }
 
+// Move on at once, so that the next key is about the next image; come back if it was not written.
 function decide(kind, label = "") {
   if (!review || !review.of_files) return;
-  const { name } = review, number = position;
+  const list = review, number = position, suspect = list.suspects[number], before = suspect.decision;
+  suspect.decision = { kind, label };
+  pending += 1;
+  clearError();
+  move(find("open-only").checked ? nextOpen(number) : Math.min(number + 1, list.suspects.length - 1));
   writing = writing.then(async () => {
-    if (review.name !== name) return;
-    const body = { review: name, number, decision: kind, label, page, known: review.known };
+    const body = { review: list.name, number, decision: kind, label, page, known: list.known };
     const content = await request("/api/labels/decide", body);
-    applyNews(content);
-    if (content.accepted) {
-      clearError();
-      if (position === number) move(find("open-only").checked ? nextOpen(number) : Math.min(number + 1, review.suspects.length - 1));
-      return;
+    applyNews(list, content);
+    if (!content.accepted) {
+      throw new Error("Another tab has decided on this image; that decision is shown. Decide again to replace it.");
     }
-    move(number);
-    showError(new Error("Another tab has decided on this image; that decision is shown. Decide again to replace it."));
-  }).catch(report);
-  return writing;
+  }).catch((error) => {
+    if (error instanceof RequestError) suspect.decision = before; // it was not written
+    if (list === review) move(number);
+    report(error);
+  }).finally(() => {
+    pending -= 1;
+    showFacts();
+  });
 }
 
 function undo() {
   if (!review) return;
+  const list = review;
   writing = writing.then(async () => {
-    const content = await request("/api/labels/undo", { review: review.name, page, known: review.known });
-    applyNews(content);
-    move(content.number ?? position);
+    const content = await request("/api/labels/undo", { review: list.name, page, known: list.known });
+    applyNews(list, content);
+    if (list === review) move(content.number ?? position);
   }).catch(report);
 }
 
