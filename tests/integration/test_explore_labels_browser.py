@@ -128,7 +128,9 @@ def test_labels_are_decided_by_keys(labels: Browser, root: Path) -> None:
     title_is(labels, "<b>3<b>.png")
     assert labels.do(DECISION) == "skipped"
     labels.press("d", "k")  # faster than the server: both, in this order
-    labels.until("return document.getElementById('list-facts').textContent.startsWith('5 of 8 decided, in')")
+    labels.until(
+        "return document.getElementById('list-facts').textContent.startsWith('5 of 8 decided, in')"
+    )
     assert decisions(root) == [
         ["photo 0.png", "keep", ""],
         ["<b>1<b>.png", "change", HOSTILE],
@@ -213,9 +215,9 @@ def test_copies_and_unreadable_files_are_shown(data: Browser) -> None:
     data.click("#check")
     data.until("return !document.getElementById('found').hidden")
     found = data.do(TEXT, "#found")
-    assert "1 unreadable files" in found
+    assert "1 unreadable file." in found
     assert "blue/broken.png" in found
-    assert "1 groups of equal images" in found
+    assert "1 group of equal images" in found
     assert data.do("return document.querySelectorAll('#found .group').length") >= 1
 
 

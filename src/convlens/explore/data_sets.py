@@ -260,14 +260,14 @@ def _describe_images(opened: OpenedSet, name: str, numbers: Sequence[int]) -> li
     ]
 
 
-class ImageBody(SetBody):
+class SetImageBody(SetBody):
     split: Literal["train", "val", "test"]
     number: int = Field(ge=0)
 
 
 async def show_image(request: Request) -> JSONResponse:
     """Answer with one image as the network gets it, and as augmentation changes it."""
-    body = await read_json(request, ImageBody)
+    body = await read_json(request, SetImageBody)
 
     def describe(opened: OpenedSet) -> dict[str, Any]:
         import torch

@@ -347,7 +347,7 @@ def _rows(table: Path) -> Iterator[list[str]]:
         ) from None
 
 
-def describe(decision: Decision | None) -> dict[str, Any] | None:
+def describe_decision(decision: Decision | None) -> dict[str, Any] | None:
     """Return a decision as plain values for JSON."""
     if decision is None:
         return None

@@ -126,7 +126,7 @@ async def open_review(request: Request) -> JSONResponse:
                     "score": suspect.score,
                     "p_suggested": suspect.p_suggested,
                     "copies": suspect.copies,
-                    "decision": label_review.describe(review.decisions.of(suspect.image)),
+                    "decision": label_review.describe_decision(review.decisions.of(suspect.image)),
                 }
                 for suspect in review.suspects
             ],
@@ -249,7 +249,7 @@ def _news(review: Review, known: int) -> dict[str, Any]:
     return {
         "known": len(review.decisions.lines),
         "changes": {
-            str(number): label_review.describe(review.decisions.of(suspect.image))
+            str(number): label_review.describe_decision(review.decisions.of(suspect.image))
             for number, suspect in enumerate(review.suspects)
             if suspect.image in changed
         },

@@ -143,14 +143,26 @@ def test_training_again_shows_the_command_and_makes_a_run(page: Page) -> None:
     assert "small-corrected" in page.get("/api/runs")["runs"]
 
 
-def test_search_for_suspects_can_be_cancelled_and_shows_why_it_failed(
-    page: Page, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The search itself is that of the command, which has its own tests."""
+def test_suspects_are_found_with_progress(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     job = page.post("/api/labels/find", {"run": "small", "folds": 2})["job"]
     assert page.post("/api/labels/find", {"run": "small", "folds": 3})["job"] == job
     assert page.post("/api/labels/lists", {})["job"] == job
+    page.result(job, seconds=300)
+    state = page.get(f"/api/jobs/{job}")
+    assert (state["done"], state["total"]) == (6, 6)  # epochs of both models
+    assert page.post("/api/labels/lists", {})["lists"] == ["photos", "small"]
+    shown = page.post("/api/labels/open", {"review": "small"})
+    assert shown["total"] > 0
+    assert shown["of_files"] is False  # digits are arrays
+    body = {"review": "small", "number": 0, "decision": "keep", "page": TAB, "known": 0}
+    assert "not files" in page.send("/api/labels/decide", body).json()["error"]
+    body = {"review": "small", "run": "small"}
+    assert "not files" in page.send("/api/labels/command", body).json()["error"]
+
+
+def test_search_for_suspects_can_be_cancelled(page: Page) -> None:
+    job = page.post("/api/labels/find", {"run": "small", "folds": 2})["job"]
     page.client.delete(f"/api/jobs/{job}", headers={"origin": str(page.client.base_url)})
     page.workspace.jobs.commands.wait_until_idle(60)
     assert page.get(f"/api/jobs/{job}")["state"] == "cancelled"

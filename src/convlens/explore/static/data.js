@@ -3,6 +3,7 @@ import { finished, make, request, showError } from "./app.js";
 
 const find = (id) => document.getElementById(id);
 const count = (n) => n.toLocaleString("en");
+const many = (n, one, more) => `${count(n)} ${n === 1 ? one : more}`;
 let facts = null, label = "", page = 0, total = 0, token = 0;
 let shown = []; // the images of the page, in order
 const pages = new Map(); // answers, so that the next page is there at once
@@ -93,7 +94,7 @@ async function showPage(number) {
   find("page").value = page + 1;
   find("page").max = lastPage() + 1;
   find("pages").textContent = `of ${count(lastPage() + 1)}`;
-  find("images-title").textContent = `${count(total)} images` + (label ? ` of ${label}` : "");
+  find("images-title").textContent = many(total, "image", "images") + (label ? ` of ${label}` : "");
   find("previous").disabled = page === 0;
   find("next").disabled = page === lastPage();
   if (page < lastPage()) pageOf(page + 1).catch(() => {});
@@ -217,8 +218,9 @@ find("check").addEventListener("click", async () => {
 function showFound(found) {
   const across = (copies) => (copies.across_splits ? `, ${count(copies.across_splits)} of them in more than one split` : "");
   find("found-facts").textContent =
-    `${count(found.images)} readable images. ${count(found.exact.total)} groups of equal images${across(found.exact)}; ` +
-    `${count(found.near.total)} pairs that look the same${across(found.near)}; ${count(found.unreadable_total)} unreadable files.`;
+    `${many(found.images, "readable image", "readable images")}. ${many(found.exact.total, "group", "groups")} of equal images${across(found.exact)}; ` +
+    `${many(found.near.total, "pair that looks", "pairs that look")} the same${across(found.near)}; ` +
+    `${many(found.unreadable_total, "unreadable file", "unreadable files")}.`;
   find("found-groups").replaceChildren(
     ...found.problems.map((text) => make("p", { className: "note", textContent: text })),
     ...groupsOf("Equal images", found.exact), ...groupsOf("Images that look the same", found.near), ...unreadable(found),
