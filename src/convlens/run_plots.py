@@ -17,16 +17,18 @@ from torch.nn.functional import interpolate
 from convlens import metrics
 from convlens.data.audit import Audit
 from convlens.data.dataset import Data, Split
+from convlens.data.decode import Pixels
 from convlens.data.loader import Augment, to_unit
 from convlens.data.transforms.pipeline import build_pipeline
 from convlens.data.transforms.random import SampleInfo
 from convlens.device import derive_seed
 from convlens.errors import UsageError
-from convlens.recipe import Recipe
+from convlens.recipe import Recipe, resolve_auto
 from convlens.run import PLOTS_DIR, RunDir, safe_name
 from convlens.utils import options
 
 MAX_IMAGES = 16  # on a sheet
+COMPANIONS = 3  # images beside one whose augmented views are drawn
 MIN_MIXED_SHARE = 0.005  # of a class in a mixed label; smaller shares are not written
 
 Row = Mapping[str, float]
@@ -146,16 +148,48 @@ def plot_augmented_sheet(recipe: Recipe, data: Data) -> Path:
     """
     from convlens import plots
 
-    pipeline = build_pipeline(
-        recipe.operations,
-        image_size=data.image_size,
-        channels=data.channels,
-        classes=len(data.classes),
-    )
+    pipeline = augmentation(recipe, data)
     path = PLOTS_DIR / f"augmented-{safe_name(data.name)}-{safe_name(recipe.name)}.png"
     figure = _draw_augmented(data, pipeline, f"{data.name}, augmented as in {recipe.name}")
     plots.save_figure(figure, path)
     return path
+
+
+def augmentation(recipe: Recipe, data: Data) -> Augment:
+    """Return the augmentation that a training with this recipe would use for these images."""
+    size, channels = data.image_size, data.channels
+    count = int(data.train.labels.numel())
+    resolved = resolve_auto(recipe, images=count, image_size=size, channels=channels)
+    return build_pipeline(
+        resolved.operations, image_size=size, channels=channels, classes=len(data.classes)
+    )
+
+
+def augmented_views(recipe: Recipe, data: Data, split: Split, number: int, count: int) -> Pixels:
+    """Return an image of a split as the first `count` epochs would show it to the network.
+
+    Some training images are in the batch as well, for augmentations that mix images.
+
+    Args:
+        number: of the image in the split.
+
+    Returns:
+        uint8 `[count, C, S, S]`; no images if the recipe augments nothing.
+    """
+    if not recipe.augment:
+        return np.empty((0, data.channels, data.image_size, data.image_size), np.uint8)
+    augment = augmentation(recipe, data)
+    companions = _evenly_spaced(len(data.train), COMPANIONS)
+    index = torch.tensor([number])
+    batch = to_unit(torch.cat([split.rows.gather(index), data.train.rows.gather(companions)]))
+    labels = torch.cat([split.labels[index], data.train.labels[companions]])
+    numbers = torch.cat([index, companions])
+    views = []
+    for epoch in range(1, count + 1):
+        generator = torch.Generator().manual_seed(derive_seed(0, epoch, 0))
+        images, _ = augment(batch, labels, SampleInfo(numbers, epoch, seed=0), generator)
+        views.append(images[0].clamp(0, 1).mul(255).round().to(torch.uint8))
+    return torch.stack(views).numpy()
 
 
 def _draw_augmented(data: Data, augment: Augment, title: str) -> Any:

@@ -59,10 +59,12 @@ class Page:
 
 
 @contextlib.contextmanager
-def open_page(runs: Sequence[str] = (), limits: Limits | None = None) -> Iterator[Page]:
+def open_page(
+    runs: Sequence[str] = (), limits: Limits | None = None, data: Sequence[str] = ()
+) -> Iterator[Page]:
     """Start a server for runs of the current directory and log in."""
     with started_jobs() as jobs:
-        workspace = Workspace(runs, jobs, device="cpu")
+        workspace = Workspace(runs, jobs, device="cpu", data=data)
         app = make_app(workspace, Access(TOKEN), limits)
         with TestClient(app, base_url=URL, follow_redirects=False) as client:
             assert client.get(f"/?token={TOKEN}").status_code == 303

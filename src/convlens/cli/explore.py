@@ -18,6 +18,12 @@ def explore(
             help="Names or folders of runs, or model files; by default all runs here.",
         ),
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DATA", help="Data set to show beside those of the runs; may be repeated."
+        ),
+    ] = None,
     port: Annotated[
         int,
         typer.Option(
@@ -54,6 +60,7 @@ def explore(
     Examples:
         convlens explore digits
         convlens explore resnet18 resnet18-noaug --port 8000 --no-open
+        convlens explore digits --data photos/
     """
     from convlens import explore as package
 
@@ -62,6 +69,7 @@ def explore(
 
     server.explore(
         runs or [],
+        data=data or [],
         port=port,
         host=host,
         allow_remote=allow_remote,

@@ -214,22 +214,26 @@ class Jobs:
         data: reading images of a data set, without a network.
         long: work over many images. It pauses at its next step while quick work is to be done,
             since both need the same cores.
+        commands: waiting for convlens commands in processes of their own.
     """
 
     def __init__(self) -> None:
         self.quick = WorkQueue("convlens-quick")
         self.data = WorkQueue("convlens-data")
+        self.commands = WorkQueue("convlens-commands")
         self.long = WorkQueue(
             "convlens-long", before_step=lambda: self.quick.wait_until_idle(YIELD_SECONDS)
         )
 
     def find(self, job_id: str) -> Job | None:
-        queues = (self.quick, self.data, self.long)
-        return next((job for queue in queues if (job := queue.find(job_id))), None)
+        return next((job for queue in self._all() if (job := queue.find(job_id))), None)
 
     def close(self) -> None:
-        for queue in (self.quick, self.data, self.long):
+        for queue in self._all():
             queue.close()
+
+    def _all(self) -> tuple[WorkQueue, ...]:
+        return self.quick, self.data, self.long, self.commands
 
 
 async def result_of(job: Job) -> Any:

@@ -28,7 +28,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from convlens.errors import ConvlensError, ResourceError, UsageError
 from convlens.explore import security, web
+from convlens.explore.data_sets import data_routes
 from convlens.explore.jobs import Job, JobCancelled, started_jobs
+from convlens.explore.labels import labels_routes
 from convlens.explore.security import Access, Guard, Limits
 from convlens.explore.try_image import try_routes
 from convlens.explore.watch import watch_routes
@@ -61,7 +63,12 @@ class PagePart:
     routes: Callable[[], list[Route]]
 
 
-PARTS = (PagePart("try", "Try", try_routes), PagePart("watch", "Watch", watch_routes))
+PARTS = (
+    PagePart("try", "Try", try_routes),
+    PagePart("watch", "Watch", watch_routes),
+    PagePart("labels", "Labels", labels_routes),
+    PagePart("data", "Data", data_routes),
+)
 
 
 def make_app(workspace: Workspace, access: Access, limits: Limits | None = None) -> Starlette:
@@ -252,6 +259,7 @@ class ExploreServer(uvicorn.Server):
 def explore(
     runs: Sequence[str] = (),
     *,
+    data: Sequence[str] = (),
     port: int = 0,
     host: str = "127.0.0.1",
     allow_remote: bool = False,
@@ -263,6 +271,7 @@ def explore(
 
     Args:
         runs: by name or folder, or model files; by default all runs of the current directory.
+        data: data sets that the part Data shows, beside those of the runs.
         port: 0 for any free one.
         host: the address to listen on; another than that of this machine needs `allow_remote` and
             `token`.
@@ -276,10 +285,11 @@ def explore(
     """
     check_host(host, allow_remote, token)
     with started_jobs() as jobs, listen(host, port) as listening:
-        workspace = Workspace(runs, jobs, device)
-        if not workspace.run_ids():
+        workspace = Workspace(runs, jobs, device, data=data)
+        if not workspace.run_ids() and not data:
             raise UsageError(
-                "there are no runs here", fix="train one: `convlens train digits` takes seconds"
+                "there are no runs here",
+                fix="train one: `convlens train digits` takes seconds; or name images with --data",
             )
         port = listening.getsockname()[1]
         access = Access(

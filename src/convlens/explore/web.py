@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.exceptions import HTTPException
@@ -22,7 +23,11 @@ from convlens.explore.jobs import Job, JobCancelled, WorkQueue, result_of
 from convlens.explore.security import refuse
 from convlens.explore.workspace import OpenedRun, Workspace
 
+if TYPE_CHECKING:
+    import numpy as np
+
 MAX_JSON_BYTES = 1 << 20
+LOSSLESS_PIXELS = 128 * 128  # images up to this size are sent without loss
 STATUS_OF_ERROR: dict[type[ConvlensError], int] = {
     UsageError: 400,
     DataError: 422,
@@ -134,3 +139,22 @@ def error_response(error: Exception) -> JSONResponse:
         # No path of this machine: the page may be shown to others.
         return refuse(status, error.what, error.fix)
     raise error
+
+
+def picture_source(pixels: np.ndarray, side: int) -> str:
+    """Return an image uint8 `[C, H, W]` as a data URI, reduced to at most `side` pixels."""
+    import numpy as np
+    from PIL import Image
+
+    from convlens.reports import html
+
+    gray = pixels.shape[0] == 1
+    image = Image.fromarray(pixels[0] if gray else np.ascontiguousarray(np.moveaxis(pixels, 0, 2)))
+    if max(image.size) > side:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    if image.width * image.height <= LOSSLESS_PIXELS:
+        image.save(buffer, "PNG")
+        return html.data_uri(buffer.getvalue(), "image/png")
+    image.save(buffer, "JPEG", quality=90)
+    return html.data_uri(buffer.getvalue(), "image/jpeg")

@@ -137,10 +137,21 @@ class Workspace:
         names: runs by name or folder, or model files; without them all runs of the current
             directory, also those that are trained later.
         device: where models compute; by default the fastest one.
+        data: names or folders of data sets to show beside those of the runs.
     """
 
-    def __init__(self, names: Sequence[str], jobs: Jobs, device: str | None = None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        jobs: Jobs,
+        device: str | None = None,
+        *,
+        data: Sequence[str] = (),
+    ) -> None:
         self.jobs = jobs
+        self.data_names = tuple(
+            os.path.abspath(name) if os.path.exists(name) else name for name in dict.fromkeys(data)
+        )
         self.device = device
         self.follows_folder = not names
         self._models_folder = MODELS_DIR.absolute()
