@@ -61,7 +61,7 @@ class OnnxClassifier:
 
     def probabilities(self, path: str | Path) -> np.ndarray:
         """Return the probability of each class for an image file, float32 `[K]`."""
-        images = read_image(path, self.preprocessing)[None]
+        images = read_pixels(path, self.preprocessing)[None]
         (probs,) = self.session.run(["probabilities"], {"images": images})
         return np.asarray(probs[0])
 
@@ -73,7 +73,7 @@ class OnnxClassifier:
         return {"filename": str(path), **best[0], "top": best}
 
 
-def read_image(path: str | Path, preprocessing: dict[str, Any]) -> np.ndarray:
+def read_pixels(path: str | Path, preprocessing: dict[str, Any]) -> np.ndarray:
     """Return an image file as the input of the model, uint8 `[C, S, S]`.
 
     Args:

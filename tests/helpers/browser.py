@@ -92,7 +92,14 @@ class Browser:
 
     def click(self, selector: str) -> None:
         """Click in the middle of the element, which must be visible."""
-        self._call("POST", f"{self._element(selector)}/click", {})
+        for attempt in range(3):
+            try:
+                self._call("POST", f"{self._element(selector)}/click", {})
+                return
+            except RuntimeError as error:
+                # The page has just drawn the element again.
+                if "stale element" not in str(error) or attempt == 2:
+                    raise
 
     def upload(self, selector: str, path: Path) -> None:
         """Choose a file in an input of type file."""

@@ -93,5 +93,6 @@ def test_estimator_can_train_without_validation() -> None:
     options = {"train.keep": "last", "model.widths": [4]}
     bare = ImageClassifier(epochs=1, overrides=options, val_fraction=0).fit(images, labels[:100])
     assert math.isnan(bare.history_[-1]["val_loss"])
+    best = {**options, "train.keep": "best"}
     with pytest.raises(UsageError, match=r"train\.keep=best needs one"):
-        ImageClassifier(epochs=1, val_fraction=0).fit(images, labels[:100])
+        ImageClassifier(epochs=1, overrides=best, val_fraction=0).fit(images, labels[:100])

@@ -110,7 +110,7 @@ def test_pixels_are_those_of_the_decoder(
             value_range=value_range,
             background=background,
         )
-        actual = predict_onnx.read_image(path, pre)
+        actual = predict_onnx.read_pixels(path, pre)
         np.testing.assert_array_equal(actual, expected, err_msg=f"{path.name} {pre}", strict=True)
 
 
@@ -118,10 +118,10 @@ def test_large_jpegs_are_reduced_and_other_large_images_are_refused(images: list
     pre = {"image_size": 16, "channels": 3, "fit": "crop", "max_pixels": 2000}
     files = {path.name: path for path in images}
     expected = decode(files["reduced.jpg"], size=16, channels=3, fit="crop", max_pixels=20000)
-    actual = predict_onnx.read_image(files["reduced.jpg"], pre | {"max_pixels": 20000})
+    actual = predict_onnx.read_pixels(files["reduced.jpg"], pre | {"max_pixels": 20000})
     np.testing.assert_array_equal(actual, expected)
     with pytest.raises(ValueError, match="more than 2,000 pixels"):
-        predict_onnx.read_image(files["color.png"], pre)
+        predict_onnx.read_pixels(files["color.png"], pre)
 
 
 # As in an environment without these packages.

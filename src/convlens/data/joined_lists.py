@@ -11,6 +11,7 @@ Each becomes a `Table`, as of one file. They are read only if all images are whe
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def find_joined_lists(root: Path) -> JoinedLists | None:
     """Return the lists in a folder, or in one of the folders inside; None if there are none."""
     for folder in [root, *_subfolders(root)]:
         for names, read in _READERS:
-            if all((folder / name).is_file() for name in names):
+            if all(os.path.isfile(folder / name) for name in names):  # False without permission
                 return JoinedLists(folder, read)
     return None
 

@@ -21,7 +21,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from convlens import metrics
 from convlens.errors import ConvlensError, UsageError
 from convlens.explore.jobs import result_of
 from convlens.explore.web import RequestBody, answer, read_json, workspace_of
@@ -47,7 +46,7 @@ class RunsBody(RequestBody):
     runs: list[str] = Field(min_length=1, max_length=MAX_RUNS)
 
 
-class RunBody(RequestBody):
+class StopBody(RequestBody):
     run: str
 
 
@@ -179,6 +178,8 @@ def _accuracy(
     count = str(metadata["data"]["splits"].get("val", "")).partition(" ")[0].replace(",", "")
     if accuracy != accuracy or not count.isdecimal():  # no validation split
         return {}
+    from convlens import metrics  # imports NumPy
+
     n = int(count)
     low, high = metrics.wilson_interval(round(accuracy * n), n)
     return {"accuracy": accuracy, "low": low, "high": high, "split": "validation"}
@@ -213,7 +214,7 @@ def _curves(paths: Mapping[str, Path]) -> dict[str, str]:
 
 async def stop_training(request: Request) -> JSONResponse:
     """Ask the process that trains a run to stop, as Ctrl-C does: everything is saved."""
-    body = await read_json(request, RunBody)
+    body = await read_json(request, StopBody)
     path = workspace_of(request).path(body.run)
     await asyncio.to_thread(_stop, path)
     return answer({"run": body.run})

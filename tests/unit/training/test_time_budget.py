@@ -145,12 +145,12 @@ def test_what_a_recipe_leaves_open_decides_the_options() -> None:
         found = time_budget.options_for(requested, start, native, 192, decoded)
         return [(each.image_size, each.crop_size, each.head_only) for each in found]
 
-    trained = [(128, 96, False), (160, 120, False), (192, 144, False), (224, 168, False)]
+    trained = [(128, 96, False), (160, 112, False), (192, 144, False), (224, 160, False)]
     assert options() == [(128, None, True), *trained]
     assert options("model.trainable=layer4+") == trained
     assert options("train.epochs=3") == trained
     assert options("augment=[]") == [(each[0], None, False) for each in trained]
-    assert options("data.image_size=100") == [(100, None, True), (100, 75, False)]
+    assert options("data.image_size=100") == [(100, None, True), (100, 64, False)]
     assert options(decoded=160) == [(160, None, True), (160, 120, False)]
     # Images are not enlarged beyond the usual size.
     assert options(native=NativeImages(150, 3, 1000))[-1] == (192, 144, False)
