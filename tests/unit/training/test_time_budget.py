@@ -151,7 +151,7 @@ def test_what_a_recipe_leaves_open_decides_the_options() -> None:
     assert options("train.epochs=3") == trained
     assert options("augment=[]") == [(each[0], None, False) for each in trained]
     assert options("data.image_size=100") == [(100, None, True), (100, 64, False)]
-    assert options(decoded=160) == [(160, None, True), (160, 120, False)]
+    assert options(decoded=160) == [(160, None, True), (160, 112, False)]
     # Images are not enlarged beyond the usual size.
     assert options(native=NativeImages(150, 3, 1000))[-1] == (192, 144, False)
     # From scratch there is nothing to freeze.
