@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -73,6 +75,15 @@ TINY: dict[str, Any] = {
     "optim": {"name": "adamw", "lr": 0.01},
     "train": {"epochs": 3, "batch_size": 16, "memory_format": "contiguous", "precision": "fp32"},
 }
+
+
+@contextlib.contextmanager
+def working_in(root: Path) -> Iterator[None]:
+    """Make a folder the current one, with a cache of its own, for fixtures of a whole module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("CONVLENS_CACHE", str(root / "cache"))
+        yield
 
 
 def tiny(*overrides: str) -> Recipe:

@@ -13,7 +13,7 @@ import convlens
 from helpers.browser import Browser, browser, check_browser
 from helpers.commands import picture, start
 from helpers.exploring import running_page
-from helpers.support import TINY
+from helpers.support import TINY, working_in
 
 DESK, PHONE = (1280, 900), (390, 844)
 HOSTILE_NAME = "<img src=x onerror=alert(1)>.png"
@@ -43,9 +43,7 @@ def require_browser() -> None:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs `one` and `two` on digits, and an image with a hostile name."""
     root = tmp_path_factory.mktemp("explored")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("CONVLENS_CACHE", str(root / "cache"))
+    with working_in(root):
         for name, epochs in (("one", 3), ("two", 4)):
             convlens.train(TINY, {"train.epochs": epochs}, name=name, test=False, quiet=True)
         picture(root / HOSTILE_NAME, [200], size=8)
@@ -54,11 +52,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(root: Path) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("CONVLENS_CACHE", str(root / "cache"))
-        with running_page() as url:
-            yield url
+    with working_in(root), running_page() as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -233,10 +228,12 @@ def test_images_of_the_data_are_offered_and_the_test_split_asks_first(
         "const s = document.getElementById(arguments[0]); s.value = arguments[1];"
         "s.dispatchEvent(new Event('change'))"
     )
+    # The images that are offered so far stay until the others arrive.
+    page.do("document.querySelector('#chosen button').dataset.before = 'yes'")
     page.do(change, "how", "worst")
     page.until(
         "const b = document.querySelector('#chosen button');"
-        "return b && !document.querySelector('#chosen-note progress')"
+        "return b && !b.dataset.before && !document.querySelector('#chosen-note progress')"
     )
     name = page.do("return document.querySelector('#chosen button').title")
     page.click("#chosen button")
@@ -348,9 +345,7 @@ def test_watch_follows_a_training_and_stops_it(window: Browser, url: str, root: 
     window.size(*DESK)
     window.open(base(url) + "watch")
     window.until(WATCHED)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("CONVLENS_CACHE", str(root / "cache"))
+    with working_in(root):
         training = start(
             *("train", "digits", "data.per_class=8", "train.epochs=1000000", "--name", "long")
         )

@@ -15,7 +15,7 @@ from helpers.browser import Browser, browser, check_browser
 from helpers.commands import pictures
 from helpers.exploring import running_page
 from helpers.reviews import HOSTILE, review_table
-from helpers.support import TINY
+from helpers.support import TINY, working_in
 
 DESK, PHONE = (1280, 900), (390, 844)
 LEFT, RIGHT = "\ue012", "\ue014"
@@ -39,20 +39,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(folder / "blue/000.png", folder / "blue/<i>copy.png")
     shutil.copy(folder / "blue/000.png", folder / HOSTILE / "same.png")
     (folder / "blue/broken.png").write_bytes(b"no image")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("CONVLENS_CACHE", str(root / "cache"))
+    with working_in(root):
         convlens.train(TINY, name="one", test=False, quiet=True)
     return root
 
 
 @pytest.fixture(scope="module")
 def address(root: Path) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("CONVLENS_CACHE", str(root / "cache"))
-        with running_page("one", "--data", "shapes") as url:
-            yield url
+    with working_in(root), running_page("one", "--data", "shapes") as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

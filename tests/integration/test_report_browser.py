@@ -12,6 +12,7 @@ import pytest
 import convlens
 from helpers.browser import Browser, browser, check_browser
 from helpers.commands import pictures
+from helpers.support import working_in
 
 NAMES = ("<script>alert(1)<", '"quoted" \'n $x$ &amp;', "قطة", "long " * 30 + "end")
 DESK, PHONE = (1280, 900), (390, 844)
@@ -26,9 +27,7 @@ def require_browser() -> None:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`one.html` of a run with hostile names, `two.html` of two runs."""
     root = tmp_path_factory.mktemp("pages")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("CONVLENS_CACHE", str(root / "cache"))
+    with working_in(root):
         images = pictures(root / "images", dict.fromkeys(NAMES, 20))
         net = {"data.image_size": 8, "model.widths": [2, 4], "augment": []}
         for epochs in (2, 3):

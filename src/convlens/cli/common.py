@@ -261,6 +261,7 @@ app = typer.Typer(
 DATA_HELP = "Built-in name, folder, CSV file or other list, or the name of a folder under data/."
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+HostOption = Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")]
 DeviceOption = Annotated[
     str | None,
     typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 or mps; by default the fastest one."),

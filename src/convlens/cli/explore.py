@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.common import Command, DeviceOption, app
+from convlens.cli.common import Command, DeviceOption, HostOption, app
 
 
 @app.command(cls=Command)
@@ -37,9 +37,7 @@ def explore(
     no_open: Annotated[
         bool, typer.Option("--no-open", help="Do not open the page in a browser.")
     ] = False,
-    host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Address to listen on.")
-    ] = "127.0.0.1",
+    host: HostOption = "127.0.0.1",
     allow_remote: Annotated[
         bool,
         typer.Option(

@@ -10,6 +10,7 @@ from convlens.cli.common import (
     Command,
     ConfidenceOption,
     DeviceOption,
+    HostOption,
     MaxPixelsOption,
     MinAccuracyOption,
     PredictionSetOption,
@@ -25,9 +26,7 @@ def serve(
     port: Annotated[
         int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0 for any free one.")
     ] = 8000,
-    host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Address to listen on.")
-    ] = "127.0.0.1",
+    host: HostOption = "127.0.0.1",
     allow_remote: Annotated[
         bool,
         typer.Option(

@@ -32,7 +32,7 @@ PAUSE_SHARE = 0.1
 
 
 class Busy(ResourceError):  # noqa: N818
-    """There is no room for more work at present."""
+    """Too much work is waiting already."""
 
 
 class Room:

@@ -79,9 +79,7 @@ class OpenedSet:
         """
         if name == "test":
             if self.run is None:
-                raise UsageError(
-                    "the test split is sealed", fix="train on this set, and open it in the run"
-                )
+                raise _sealed_without_run()
             return self.run.split("test")
         return self.data.train if name == "train" else self.data.val
 
@@ -90,6 +88,10 @@ class OpenedSet:
         if name == "test" and self.run is not None:
             return self.run.subject.classes[label]
         return self.data.classes[label]
+
+
+def _sealed_without_run() -> UsageError:
+    return UsageError("the test split is sealed", fix="train on this set, and open it in the run")
 
 
 class SetBody(RequestBody):
@@ -200,12 +202,22 @@ async def _on_data(
     request: Request, set_id: str, function: Callable[[OpenedSet], dict[str, Any]]
 ) -> JSONResponse:
     """Answer with the result of a function of an opened set, in the queue of work on data."""
+    opened = await _opened_set(request, set_id)
+    jobs = workspace_of(request).jobs
+    return answer(await result_of(jobs.data.submit(lambda job: function(opened))))
+
+
+async def _opened_set(request: Request, set_id: str) -> OpenedSet:
+    """Return a data set that the page has opened.
+
+    Raises:
+        UsageError: an unknown id, or the set is not open.
+    """
     await _run_of(request, set_id)
     opened = _sets(request).get(set_id)
     if opened is None:
         raise UsageError("this data set is not open any more", fix="reload the page")
-    jobs = workspace_of(request).jobs
-    return answer(await result_of(jobs.data.submit(lambda job: function(opened))))
+    return opened
 
 
 class ImagesBody(SetBody):
@@ -296,12 +308,8 @@ async def open_test_split(request: Request) -> JSONResponse:
     body = await read_json(request, SetBody)
     run = await _run_of(request, body.set)
     if run is None:
-        raise UsageError(
-            "the test split is sealed", fix="train on this set, and open it in the run"
-        )
-    jobs = workspace_of(request).jobs
-    await result_of(jobs.data.submit(lambda job: run.open_test_split()))
-    return answer({"test_uses": run.test_uses()})
+        raise _sealed_without_run()
+    return await web.open_test_split(request, run)
 
 
 # -- copies and unreadable files --------------------------------------------------------------
@@ -310,10 +318,7 @@ async def open_test_split(request: Request) -> JSONResponse:
 async def check_set(request: Request) -> JSONResponse:
     """Look for copies and unreadable files, as `convlens audit` does; the answer is a job."""
     body = await read_json(request, SetBody)
-    await _run_of(request, body.set)
-    opened = _sets(request).get(body.set)
-    if opened is None:
-        raise UsageError("this data set is not open any more", fix="reload the page")
+    opened = await _opened_set(request, body.set)
 
     def check(job: Job) -> dict[str, Any]:
         from convlens.data.audit import audit

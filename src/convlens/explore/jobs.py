@@ -23,7 +23,7 @@ from convlens.utils import console
 
 MAX_WAITING = 32
 MAX_FINISHED = 64  # whose state can be asked for
-YIELD_SECONDS = 10.0  # the longest time that background work lets others go first
+YIELD_SECONDS = 10.0  # the longest time that background work waits for quick work
 
 
 class JobCancelled(Exception):  # noqa: N818

@@ -10,9 +10,9 @@ import base64
 import binascii
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field
 from starlette.requests import Request
@@ -141,10 +141,7 @@ def _describe_splits(opened: OpenedRun) -> dict[str, Any]:
 async def open_test_split(request: Request) -> JSONResponse:
     """Open the sealed test split of a run after the page has asked; the use is logged."""
     body = await read_json(request, RunBody)
-    opened = await web.open_run(request, body.run)
-    jobs = workspace_of(request).jobs
-    await result_of(jobs.data.submit(lambda job: opened.open_test_split()))
-    return answer({"test_uses": opened.test_uses()})
+    return await web.open_test_split(request, await web.open_run(request, body.run))
 
 
 class ChooseBody(RequestBody):
@@ -181,8 +178,6 @@ def _choose_images(
     import torch
 
     from convlens.errors import lookup
-    from convlens.interpret import inputs
-    from convlens.reports import html
 
     split = opened.split(body.split)
     if body.how == "number" and body.number >= len(split):
@@ -203,12 +198,7 @@ def _choose_images(
         index = members[torch.randperm(len(members), generator=generator)]
     else:
         index = torch.randperm(len(split), generator=generator)
-    index = index[: body.count]
-    chosen = []
-    for picture in inputs.pictures_at(split, index, body.split):
-        image = _keep_picture(workspace, opened, picture)
-        chosen.append(_describe_image(image) | {"source": html.thumbnail(picture.pixels.numpy())})
-    return chosen
+    return _split_images(workspace, opened, split, body.split, index[: body.count].tolist())
 
 
 def _worst_mistakes(opened: OpenedRun, split: Split, name: str) -> Tensor:
@@ -279,11 +269,24 @@ class ImageBody(RequestBody):
         return f"{kind}-{self.page}-{self.run}" if self.page else ""
 
 
+Asked = TypeVar("Asked", bound=ImageBody)
+
+
+async def _answer_about_image(
+    request: Request,
+    model: type[Asked],
+    kind: str,
+    function: Callable[[Workspace, Asked], dict[str, Any]],
+) -> JSONResponse:
+    """Answer with the result of a function of the body; newer requests of a kind replace it."""
+    body = await read_json(request, model)
+    workspace = workspace_of(request)
+    return await compute(request, lambda job: function(workspace, body), body.key(kind))
+
+
 async def show_picture(request: Request) -> JSONResponse:
     """Answer with the pixels that the network sees."""
-    body = await read_json(request, ImageBody)
-    workspace = workspace_of(request)
-    return await compute(request, lambda job: _show_picture(workspace, body), body.key("picture"))
+    return await _answer_about_image(request, ImageBody, "picture", _show_picture)
 
 
 def _show_picture(workspace: Workspace, body: ImageBody) -> dict[str, Any]:
@@ -314,9 +317,8 @@ class PredictBody(ImageBody):
 
 
 async def predict_image(request: Request) -> JSONResponse:
-    body = await read_json(request, PredictBody)
-    workspace = workspace_of(request)
-    return await compute(request, lambda job: _predict(workspace, body), body.key("predict"))
+    """Answer with the most probable classes, and whether the model would answer."""
+    return await _answer_about_image(request, PredictBody, "predict", _predict)
 
 
 def _predict(workspace: Workspace, body: PredictBody) -> dict[str, Any]:
@@ -343,7 +345,7 @@ def _decode_mask(text: str, shape: Sequence[int]) -> np.ndarray:
     """Return a mask `[S, S]` from its bits in base64.
 
     Raises:
-        UsageError: it is no mask of that size.
+        UsageError: it is not a mask of that size.
     """
     import numpy as np
 
@@ -383,9 +385,7 @@ class HeatMapBody(ImageBody):
 
 async def show_heat_map(request: Request) -> JSONResponse:
     """Answer with an attribution map, which the page lays over the image."""
-    body = await read_json(request, HeatMapBody)
-    workspace = workspace_of(request)
-    return await compute(request, lambda job: _heat_map(workspace, body), body.key("heat-map"))
+    return await _answer_about_image(request, HeatMapBody, "heat-map", _heat_map)
 
 
 def _heat_map(workspace: Workspace, body: HeatMapBody) -> dict[str, Any]:
@@ -415,13 +415,13 @@ class ActivationsBody(ImageBody):
     layer: str = ""  # by default the stem and every block
     channels: int = Field(CHANNELS_SHOWN, ge=1, le=1 << 14)
 
+    def key(self, kind: str) -> str:
+        return super().key(f"{kind}{self.layer}")
+
 
 async def show_activations(request: Request) -> JSONResponse:
     """Answer with the activation maps of each layer, the most active channels first."""
-    body = await read_json(request, ActivationsBody)
-    workspace = workspace_of(request)
-    key = body.key(f"activations{body.layer}")
-    return await compute(request, lambda job: _activations(workspace, body), key)
+    return await _answer_about_image(request, ActivationsBody, "activations", _activations)
 
 
 def _activations(workspace: Workspace, body: ActivationsBody) -> dict[str, Any]:
@@ -455,9 +455,7 @@ class ChannelBody(ImageBody):
 
 async def show_channel(request: Request) -> JSONResponse:
     """Answer with one channel of a layer at its full resolution."""
-    body = await read_json(request, ChannelBody)
-    workspace = workspace_of(request)
-    return await compute(request, lambda job: _channel(workspace, body), body.key("channel"))
+    return await _answer_about_image(request, ChannelBody, "channel", _channel)
 
 
 def _channel(workspace: Workspace, body: ChannelBody) -> dict[str, Any]:

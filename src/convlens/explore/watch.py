@@ -7,7 +7,6 @@ has changed, and the training does no work for it.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import statistics
@@ -225,19 +224,19 @@ def _stop(path: Path) -> None:
 
     Raises:
         UsageError: it is not being trained, or not by a process that this one may stop.
+        ModelFileError: `trainer.json` is damaged.
     """
-    try:
-        trainer = json.loads((path / "trainer.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        trainer = None
-    running = process.is_running(trainer) if isinstance(trainer, dict) else False
+    from convlens.run import RunDir
+
+    trainer = RunDir(path).trainer()
+    running = process.is_running(trainer) if trainer else False
+    if trainer is None or running is False:
+        raise UsageError("the run is not being trained", fix="reload the page")
     if running is None:
         raise UsageError(
             f"the run is trained on another machine ({str(trainer['host'])[:100]})",
             fix="stop it there with Ctrl-C",
         )
-    if not running:
-        raise UsageError("the run is not being trained", fix="reload the page")
     try:
         os.kill(trainer["pid"], signal.SIGTERM)
     except PermissionError as error:

@@ -106,6 +106,13 @@ async def open_run(request: Request, run: str) -> OpenedRun:
     return opened
 
 
+async def open_test_split(request: Request, opened: OpenedRun) -> JSONResponse:
+    """Open the sealed test split of a run after the page has asked; the use is logged."""
+    jobs = workspace_of(request).jobs
+    await result_of(jobs.data.submit(lambda job: opened.open_test_split()))
+    return answer({"test_uses": opened.test_uses()})
+
+
 def start(queue: WorkQueue, function: Callable[[Job], Any], key: str, title: str) -> Job:
     """Return the job of long work with this key: the one that has not ended yet, or a new one."""
     return queue.running_or_waiting(key) or queue.submit(function, key, title)

@@ -114,7 +114,6 @@ class StoredImage:
         run: id of the run whose split it is from; empty for a file.
         label: its class, if known.
         image_id: its id in the data set.
-        position: the split and its number there.
     """
 
     id: str
@@ -123,7 +122,6 @@ class StoredImage:
     run: str = ""
     label: str | None = None
     image_id: str | None = None
-    position: tuple[str, int] | None = None
 
     @property
     def size(self) -> int:

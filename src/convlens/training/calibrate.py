@@ -112,8 +112,7 @@ def _validation_outputs(job: TrainingJob, loaded: LoadedModel) -> ValidationOutp
         outputs = run(data.val)
         reference = None
         if outputs.features is not None:
-            count = outliers.max_vectors(outputs.features.shape[1])
-            count = min(count, recipe.train.reference_images or count)
+            count = min(references, outliers.max_vectors(outputs.features.shape[1]))
             seed = recipe.train.seed
             chosen = outliers.choose_reference(data.train.labels.numpy(), count, seed)
             index = torch.from_numpy(chosen)

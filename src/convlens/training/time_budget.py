@@ -39,6 +39,7 @@ from convlens.runtime import RuntimeContext
 from convlens.training import transfer
 from convlens.training.autotune import fastest
 from convlens.training.transfer import BackboneNames
+from convlens.uncertainty.outliers import MAX_VECTORS
 from convlens.utils.console import format_duration
 
 # Image sizes of a fine-tuning, and which share of the usual epochs must fit for each. With less
@@ -48,7 +49,7 @@ MIN_SHARES: Mapping[int, float] = {128: 0.2, 160: 2 / 3, 192: 2 / 3, 224: 1.0}
 MIN_SCRATCH_SIZE, MIN_SCRATCH_SHARE = 32, 0.5
 HEAD_EPOCHS = 30  # of a training on features, where an epoch takes a fraction of a second
 REFERENCE_SHARE = 0.05  # of the time, at most, for the features that are stored in the model file
-MIN_REFERENCES, MAX_REFERENCES = 200, 2000
+MIN_REFERENCES = 200
 # Measured: figures, loading the model again, writing the results. And a margin for everything.
 END_SECONDS, MARGIN = 5.0, 1.1
 # Of decoding an image on one core: a constant part, and one per pixel of a typical photograph.
@@ -219,7 +220,7 @@ def reference_images(option: Option, speed: Speed, seconds: float) -> int:
     """Return for how many images computing the stored features takes a small share of the time."""
     per_image = speed.inference * speed.scale(option.image_size)
     affordable = int(REFERENCE_SHARE * max(0.0, seconds) / per_image)
-    return min(max(affordable, MIN_REFERENCES), MAX_REFERENCES)
+    return min(max(affordable, MIN_REFERENCES), MAX_VECTORS)
 
 
 def options_for(
@@ -411,15 +412,8 @@ def image_size_that_fits(
     images = ImageCounts(max(2, native.count - val - test), val, test)
     decoding = DECODE_SECONDS + DECODE_SECONDS_PER_PIXEL * native.side**2
     seconds = budget.seconds_before_decoding() - decoding * native.count / usable_cores()
-    chosen = choose(
-        options_for(requested, start, native, size, None),
-        images,
-        speed,
-        seconds,
-        usual_epochs=auto_epochs(images.train, is_pretrained=start.model.weights != "none"),
-        fixed_epochs=_fixed_epochs(requested),
-    )
-    return chosen.option.image_size
+    options = options_for(requested, start, native, size, None)
+    return _choose_for(requested, start, options, images, speed, seconds).option.image_size
 
 
 def choose_for_images(
@@ -436,8 +430,21 @@ def choose_for_images(
         seconds: the time that is left.
     """
     images = ImageCounts(len(data.train), len(data.val), data.summary.splits["test"])
+    options = options_for(requested, start, data.native, data.image_size, data.image_size)
+    return _choose_for(requested, start, options, images, speed, seconds)
+
+
+def _choose_for(
+    requested: Recipe,
+    start: Recipe,
+    options: Sequence[Option],
+    images: ImageCounts,
+    speed: Speed,
+    seconds: float,
+) -> Choice:
+    """Return the choice with the numbers of epochs of a recipe."""
     return choose(
-        options_for(requested, start, data.native, data.image_size, data.image_size),
+        options,
         images,
         speed,
         seconds,

@@ -535,13 +535,14 @@ def _training_records(
         checkpoints.write_missing_files()
         return
     try:
-        epochs = 0
-        while job.state.epoch <= job.epochs and epochs != job.epochs:
+        while True:
             epochs = job.epochs
             for record in run_train_loop(job, process_group):
                 yield record
                 if job.epochs != epochs:  # shortened: go on with the new schedule
                     break
+            else:
+                return
     except (DataError, ResourceError):  # e.g. an image became unreadable: between two steps
         checkpoints.save()
         raise

@@ -268,13 +268,11 @@ def threads_chosen() -> bool:
 
 def process_age() -> float:
     """Return the seconds since this process was started; 0 on systems other than Linux."""
-    try:
-        # The name of the program, in parentheses, may contain blanks.
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-        return max(0.0, uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
-    except (OSError, ValueError, IndexError):
+    started = _start_ticks(os.getpid())
+    if started is None:
         return 0.0
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return max(0.0, uptime - started / os.sysconf("SC_CLK_TCK"))
 
 
 def set_environment() -> None:

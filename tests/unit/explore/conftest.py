@@ -9,16 +9,14 @@ import pytest
 
 import convlens
 from helpers.exploring import Page, open_page
-from helpers.support import TINY
+from helpers.support import TINY, working_in
 
 
 @pytest.fixture(scope="session")
 def explored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the finished run `small`, whose test split is sealed."""
     root = tmp_path_factory.mktemp("explored")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("CONVLENS_CACHE", str(root / "cache"))
+    with working_in(root):
         convlens.train(TINY, name="small", test=False, quiet=True)
     return root
 

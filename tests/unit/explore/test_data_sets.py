@@ -19,6 +19,7 @@ from convlens.explore.data_sets import IMAGES_PER_PAGE, VIEWS
 from helpers.commands import pictures
 from helpers.exploring import Page, open_page
 from helpers.reviews import HOSTILE
+from helpers.support import working_in
 
 RUN, SET = "run:small", "set:0"
 
@@ -33,11 +34,8 @@ def page(explored: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         shutil.copy(folder / f"blue/{number:03}.png", folder / f"blue/copy{number}.png")
     shutil.copy(folder / "blue/000.png", folder / HOSTILE / "same.png")
     (folder / "blue/broken.png").write_bytes(b"no image")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("CONVLENS_CACHE", str(root / "cache"))
-        with open_page(["small"], data=["photos"]) as page:
-            yield page
+    with working_in(root), open_page(["small"], data=["photos"]) as page:
+        yield page
 
 
 def opened(page: Page, set_id: str) -> Any:

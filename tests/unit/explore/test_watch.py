@@ -54,7 +54,7 @@ def test_a_finished_run_has_the_accuracy_of_its_kept_epoch(states: RunStates) ->
     metadata, rows = run_dir.metadata(), run_dir.metrics()
     found = by_name(states)["small"]
     accuracy = rows[metadata["kept_epoch"] - 1]["val_accuracy"]
-    n = len(convlens_validation_images(run_dir))
+    n = len(validation_images(run_dir))
     assert found["state"] == "finished"
     assert (found["epoch"], found["epochs"]) == (len(rows), metadata["epochs"])
     assert found["accuracy"] == accuracy
@@ -63,7 +63,7 @@ def test_a_finished_run_has_the_accuracy_of_its_kept_epoch(states: RunStates) ->
     assert "images_per_second" not in found
 
 
-def convlens_validation_images(run_dir: RunDir) -> list[str]:
+def validation_images(run_dir: RunDir) -> list[str]:
     """The images that `split.csv` lists as held out for validation."""
     lines = (run_dir.path / "split.csv").read_text().splitlines()
     return [line for line in lines if line.endswith(",val")]
