@@ -23,7 +23,7 @@ from convlens.data.transforms.pipeline import build_pipeline
 from convlens.data.transforms.random import SampleInfo
 from convlens.device import derive_seed
 from convlens.errors import UsageError
-from convlens.recipe import Recipe, resolve_auto
+from convlens.recipe import Recipe
 from convlens.run import PLOTS_DIR, RunDir, safe_name
 from convlens.utils import options
 
@@ -156,12 +156,12 @@ def plot_augmented_sheet(recipe: Recipe, data: Data) -> Path:
 
 
 def augmentation(recipe: Recipe, data: Data) -> Augment:
-    """Return the augmentation that a training with this recipe would use for these images."""
-    size, channels = data.image_size, data.channels
-    count = int(data.train.labels.numel())
-    resolved = resolve_auto(recipe, images=count, image_size=size, channels=channels)
+    """Return the augmentation of a training with this recipe, which has no `auto`."""
     return build_pipeline(
-        resolved.operations, image_size=size, channels=channels, classes=len(data.classes)
+        recipe.operations,
+        image_size=data.image_size,
+        channels=data.channels,
+        classes=len(data.classes),
     )
 
 

@@ -160,15 +160,15 @@ def _open_run_set(run: OpenedRun) -> OpenedSet:
 
 
 def _open_named_set(workspace: Workspace, set_id: str) -> OpenedSet:
-    """Open a set as the default recipe would read it; unreadable files are left out."""
-    from convlens.data.dataset import load_data
-    from convlens.device import memory_budget
-    from convlens.training import resolve
+    """Open a set as a training with the default recipe would; unreadable files are left out."""
+    from convlens.training import resolve, setup
 
     name = workspace.data_names[int(set_id.partition(":")[2])]
-    recipe = resolve.resolve_recipe(name).recipe
-    config = recipe.data.model_copy(update={"on_bad": "skip", "max_bad": 1.0})
-    return OpenedSet(load_data(config, memory_budget=memory_budget("cpu")), recipe)
+    requested = resolve.resolve_recipe(name).recipe
+    recipe, data = setup.load_for_training(
+        requested.replace(**{"data.on_bad": "skip", "data.max_bad": 0.999})
+    )
+    return OpenedSet(data, recipe)
 
 
 def _describe_set(opened: OpenedSet) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from convlens import run_plots
 from convlens.data.audit import audit
+from convlens.explore import data_sets
 from convlens.explore.data_sets import IMAGES_PER_PAGE, VIEWS
 from helpers.commands import pictures
 from helpers.exploring import Page, open_page
@@ -105,6 +106,20 @@ def test_image_is_shown_as_the_epochs_of_a_training_show_it(page: Page) -> None:
     assert len(shown["views"]) == VIEWS
     too_far = {"set": SET, "split": "train", "number": 9999}
     assert page.send("/api/data/image", too_far).status_code == 400
+
+
+def test_a_named_set_is_read_and_augmented_as_its_training_would(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Photographs start with pretrained weights, which changes their size and crops."""
+    from convlens.training import transfer
+
+    pictures(Path("large"), {"blue": 8, "red": 8}, size=64)
+    monkeypatch.setattr(transfer, "backbones_for", lambda recipe: [("resnet18", "default")])
+    monkeypatch.setattr(page.workspace, "data_names", ["large"])
+    found = data_sets._open_named_set(page.workspace, SET)
+    assert found.data.image_size == transfer.SMALL_FINE_TUNING_SIZE
+    assert ("RandomResizedCrop", 96) in [(n, a.get("size")) for n, a in found.recipe.operations]
 
 
 def test_views_are_those_of_the_training_pipeline() -> None:
