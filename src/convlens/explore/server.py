@@ -29,6 +29,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from convlens.errors import ConvlensError, ResourceError, UsageError
 from convlens.explore import security, web
 from convlens.explore.jobs import Job, JobCancelled, started_jobs
+from convlens.explore.judge import judge_routes
 from convlens.explore.security import Access, Guard, Limits
 from convlens.explore.try_image import try_routes
 from convlens.explore.web import answer, workspace_of
@@ -60,7 +61,7 @@ class PagePart:
     routes: Callable[[], list[Route]]
 
 
-PARTS = (PagePart("try", "Try", try_routes),)
+PARTS = (PagePart("try", "Try", try_routes), PagePart("judge", "Judge", judge_routes))
 
 
 def make_app(workspace: Workspace, access: Access, limits: Limits | None = None) -> Starlette:
@@ -136,7 +137,7 @@ async def _page(request: Request, part: PagePart) -> Response:
 
 
 async def _static(request: Request) -> Response:
-    """Return a script or style sheet of the package, or the style sheet of reports."""
+    """Return a script or style sheet of the package, or one that reports use, too."""
     files = _static_files()
     name = request.path_params["name"]
     if name not in files:
@@ -156,7 +157,8 @@ def _static_files() -> dict[str, tuple[str, str]]:
         for entry in own.iterdir()
         if entry.name.endswith(tuple(MEDIA_TYPES))
     }
-    return files | {"page.css": ("convlens.reports", "templates")}
+    shared = ("page.css", "tables.js")  # with reports
+    return files | dict.fromkeys(shared, ("convlens.reports", "templates"))
 
 
 @functools.cache
