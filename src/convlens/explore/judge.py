@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 MAX_GALLERIES = 8  # the oldest are dropped
 MAX_LISTED = 50_000  # images of a gallery that are listed
 PICTURE_SIDE = 512  # pixels of an enlarged image
+IMAGES_AT_ONCE = 8  # that are encoded; more than a browser requests at the same time
 KEEP_SECONDS = 600  # that the browser keeps a thumbnail, so that scrolling back is free
 TOP_CLASSES = 5
 # Sections of the report, by their ids there. The worst mistakes are in the gallery.
@@ -90,6 +91,7 @@ class Galleries:
 
     def __init__(self) -> None:
         self._by_id: OrderedDict[str, Gallery] = OrderedDict()
+        self.encoding = asyncio.Semaphore(IMAGES_AT_ONCE)
 
     def of(self, opened: OpenedRun, contents: ReportContents) -> Gallery:
         """Return the gallery of a split, a new one if it has none."""
@@ -462,6 +464,11 @@ async def _send_image(request: Request, side: int | None) -> Response:
         pixels = rows.gather(torch.tensor([number]))[0].cpu().numpy()
         return html.encode_image(pixels) if side is None else html.encode_image(pixels, side)
 
-    content, media_type = await result_of(workspace_of(request).jobs.data.submit(encode))
+    # Others wait here: the queue is short, and would refuse them. Fast scrolling requests many
+    # images that are out of view again by now.
+    async with _galleries(request).encoding:
+        if await request.is_disconnected():
+            return Response(status_code=204)
+        content, media_type = await result_of(workspace_of(request).jobs.data.submit(encode))
     headers = {"cache-control": f"private, max-age={KEEP_SECONDS}"}
     return Response(content, media_type=media_type, headers=headers)

@@ -5,6 +5,7 @@ const CELL = 112; // pixels: smallest width of a cell
 const CAPTION = 44; // height of the text below a thumbnail
 const GAP = 10;
 const MARGIN = 2; // rows that are kept above and below those in view
+const REST = 60; // ms without scrolling after which thumbnails are requested
 
 const find = (id) => document.getElementById(id);
 const view = find("window"), list = find("images");
@@ -49,6 +50,21 @@ function draw() {
   for (const [i, cell] of shown.entries()) {
     if (list.children[i] !== cell) list.insertBefore(cell, list.children[i] || null);
   }
+  clearTimeout(resting);
+  resting = setTimeout(load, REST);
+}
+
+// Request the thumbnails of the cells that exist, not of all those that fast scrolling passes:
+// first those in view.
+let resting = 0;
+function load() {
+  const first = Math.floor(view.scrollTop / layout.row) * layout.columns;
+  const distance = (position) => (position < first ? Infinity : position);
+  const order = [...cells].sort(([a], [b]) => (distance(a) === distance(b) ? a - b : distance(a) - distance(b)));
+  for (const [, cell] of order) {
+    const image = cell.querySelector("img");
+    if (!image.hasAttribute("src")) image.src = image.dataset.source;
+  }
 }
 
 // Cancel the request of a thumbnail that is not needed any more.
@@ -60,7 +76,8 @@ function discard(cell) {
 function makeCell(position) {
   const number = images.numbers[position];
   const target = classes[images.targets[position]], pred = classes[images.preds[position]];
-  const image = make("img", { alt: `Image ${number}`, src: `/api/judge/thumbnails/${gallery}/${number}` });
+  const image = make("img", { alt: `Image ${number}` });
+  image.dataset.source = `/api/judge/thumbnails/${gallery}/${number}`;
   image.addEventListener("load", () => image.classList.toggle("large", image.naturalWidth > 64));
   const answer = make("span", { className: "name" }, make("bdi", { textContent: pred }));
   const truth = make("span", { className: "quiet" });

@@ -51,9 +51,16 @@ const missing = (lines) => lines.map((line) => make("p", { className: "note", te
 
 async function showFigures() {
   const run = find("run").value, split = find("split").value, mine = ++newest;
+  let content;
   clearError();
-  const { job } = await request("/api/judge/figures", { run, split });
-  const content = await follow(find("figures-note"), job);
+  try {
+    const { job } = await request("/api/judge/figures", { run, split });
+    content = await follow(find("figures-note"), job);
+  } catch (error) {
+    if (mine !== newest) return;
+    clear(); // what is shown is of another run or split
+    throw error;
+  }
   if (mine !== newest) return;
   judged = content;
   shownSplit = split;
@@ -74,6 +81,12 @@ async function showFigures() {
     content.gallery && openGallery(mine),
     find("other").value && find("other").value !== run && compare(mine),
   ]);
+}
+
+function clear() {
+  judged = null;
+  for (const id of ["seal", "summary", "comparison", "confusion", "sections"]) find(id).replaceChildren();
+  find("gallery").hidden = true;
 }
 
 // A section that takes some seconds is computed when it is opened.
@@ -196,20 +209,25 @@ async function openGallery(mine) {
     find(id).replaceChildren(any(), ...names);
   }
   find("only").value = "wrong";
-  const listed = list();
-  const { job } = await request("/api/judge/load", { gallery: judged.gallery });
-  await follow(find("gallery-note"), job);
-  await listed;
+  try {
+    const { job } = await request("/api/judge/load", { gallery: judged.gallery });
+    await follow(find("load-note"), job);
+  } catch (error) { // the images have moved or changed; the figures do not need them
+    find("gallery").hidden = true;
+    for (const button of find("confusion").querySelectorAll("[data-cell]")) button.disabled = true;
+    throw error;
+  }
   if (mine === newest) await list();
 }
 
+let newestList = 0; // answers to older requests are dropped
 async function list() {
-  const gallery = judged.gallery, classes = judged.classes;
+  const gallery = judged.gallery, classes = judged.classes, mine = ++newestList;
   const chosen = (id) => (find(id).value === "" ? null : Number(find(id).value));
   const content = await request("/api/judge/list", {
     gallery, target: chosen("target"), pred: chosen("pred"), only: find("only").value, order: find("order").value,
   });
-  if (!judged || judged.gallery !== gallery) return;
+  if (mine !== newestList || judged?.gallery !== gallery) return;
   const shown = content.numbers.length;
   const first = shown < content.total ? `, of which the first ${count(shown)} are listed` : "";
   find("gallery-note").textContent = `${count(content.total)} of ${count(judged.images)} images${first}`;
