@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import convlens
 from convlens import run_plots
 from convlens.errors import UsageError
 from convlens.explore import judge
+from convlens.explore.jobs import MAX_WAITING
 from convlens.reports.compare import compare_with_first
 from convlens.reports.contents import ReportContents
 from helpers.commands import pictures
@@ -192,6 +195,19 @@ def test_images_are_those_of_the_split(page: Page) -> None:
         predictions = contents_of(page, "small").predictions
         assert predictions is not None
         assert facts["top"][0]["prob"] == pytest.approx(float(predictions.probs[number].max()))
+
+
+def test_more_thumbnails_than_the_queue_holds_are_not_refused(page: Page) -> None:
+    gallery, data = loaded(page), page.workspace.jobs.data
+    paths = [f"/api/judge/thumbnails/{gallery}/{number % 10}" for number in range(MAX_WAITING + 8)]
+    ended = threading.Event()
+    data.submit(lambda job: ended.wait(60))
+    with ThreadPoolExecutor(len(paths)) as pool:
+        answers = [pool.submit(page.client.get, path) for path in paths]
+        while len(data._waiting) < judge.IMAGES_AT_ONCE:
+            time.sleep(0.01)
+        ended.set()
+        assert {answer.result(60).status_code for answer in answers} == {200}
 
 
 def test_unknown_images_are_not_found(page: Page) -> None:
