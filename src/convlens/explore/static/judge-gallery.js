@@ -132,7 +132,7 @@ async function open(position) {
   find("picture").src = `/api/judge/pictures/${gallery}/${number}`;
   find("image-previous").disabled = position === 0;
   find("image-next").disabled = position === images.numbers.length - 1;
-  if (!find("image").open) find("image").showModal();
+  if (!find("enlarged").open) find("enlarged").showModal();
   try {
     const facts = await request("/api/judge/image", { gallery, number });
     if (opened !== position || gallery !== of) return;
@@ -142,7 +142,7 @@ async function open(position) {
     const query = new URLSearchParams({ run: facts.run, split: facts.split, number });
     find("image-try").href = `/try?${query}`;
   } catch (error) {
-    find("image").close();
+    find("enlarged").close();
     showError(error);
   }
 }
@@ -163,9 +163,9 @@ const step = (by) => {
 find("picture").addEventListener("load", () => find("picture").classList.toggle("large", find("picture").naturalWidth > 64));
 find("image-previous").addEventListener("click", () => step(-1));
 find("image-next").addEventListener("click", () => step(1));
-find("image-close").addEventListener("click", () => find("image").close());
-find("image").addEventListener("keydown", (event) => {
+find("image-close").addEventListener("click", () => find("enlarged").close());
+find("enlarged").addEventListener("keydown", (event) => {
   if (event.key === "ArrowLeft") step(-1);
   if (event.key === "ArrowRight") step(1);
 });
-find("image").addEventListener("close", () => { opened = -1; moveTo(focused); });
+find("enlarged").addEventListener("close", () => { opened = -1; moveTo(focused); });
