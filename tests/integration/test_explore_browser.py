@@ -272,6 +272,162 @@ def test_two_runs_show_the_same_image_side_by_side(page: Browser) -> None:
     assert facts[0][1:] == facts[1][1:]
 
 
+# The part Judge shows figures, and images of the gallery have been drawn.
+JUDGED = (
+    "return document.querySelector('#confusion [data-cell]')"
+    " && document.querySelector('#images img[src]')"
+)
+CHANGE = (
+    "const s = document.getElementById(arguments[0]); s.value = arguments[1];"
+    "s.dispatchEvent(new Event('change'))"
+)
+LISTED = "return document.getElementById('gallery-note').textContent"
+
+
+@pytest.fixture
+def judge(window: Browser, url: str) -> Iterator[Browser]:
+    """The part Judge with the run `two`."""
+    window.size(*DESK)
+    window.open(base(url) + "judge?run=two")
+    window.until(JUDGED)
+    yield window
+    assert window.console() == []
+
+
+@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_judge_opens_without_console_messages_and_fits(
+    window: Browser, url: str, size: tuple[int, int], dark: bool
+) -> None:
+    window.size(*size, dark=dark)
+    window.requested()
+    window.open(base(url) + "judge?run=two")
+    window.until(JUDGED)
+    window.do("for (const d of document.querySelectorAll('#sections details')) d.open = true")
+    window.until("return document.querySelectorAll('#sections figure.paper img').length >= 3")
+    assert window.console() == []
+    assert all(address.startswith(base(url)) for address in window.requested())
+    assert window.do("return document.documentElement.scrollWidth") == size[0]
+
+
+def test_judge_cell_opens_its_images_and_keys_step_through_them(judge: Browser) -> None:
+    judge.do("document.querySelector('#confusion [data-cell]').scrollIntoView({block: 'center'})")
+    count = judge.do("return document.querySelector('#confusion [data-cell]').textContent")
+    judge.click("#confusion [data-cell]")
+    judge.until(f"return (() => {{{LISTED}}})().startsWith(arguments[0] + ' of')", count)
+    assert judge.do("return document.querySelectorAll('#images li').length") == int(count)
+    assert judge.do("return document.getElementById('target').value") == "0"
+    judge.do(CHANGE, "target", "")
+    judge.do(CHANGE, "pred", "")
+    judge.do(CHANGE, "order", "number")
+    judge.until(
+        "const n = [...document.querySelectorAll('#images img')].map((i) => i.alt);"
+        "return n[0] === 'Image 0' && n[1] === 'Image 1'"
+    )
+    total = judge.do(f"return parseInt((() => {{{LISTED}}})())")
+    judge.do("document.getElementById('window').focus()")
+    name = "return document.getElementById('image-title').textContent"
+    judge.press("\ue014", "\ue014", "\ue007")  # the first image, the next one, open it
+    first = judge.until(name)
+    assert "image 1 of" in judge.do("return document.getElementById('image-label').textContent")
+    judge.press("\ue014")
+    judge.until(f"const n = (() => {{{name}}})(); return n && n !== arguments[0]", first)
+    judge.until("return document.getElementById('picture').naturalWidth == 8")
+    assert judge.do("return document.querySelectorAll('#image-bars li').length") == 5
+    judge.press("\ue00c")  # escape
+    assert judge.do("return document.activeElement.dataset.position") == "2"
+    # Only the rows in view exist; the End key shows the last image.
+    judge.do("document.getElementById('window').style.maxHeight = '60px'")
+    judge.size(*PHONE)
+    judge.until("return document.querySelectorAll('#images li').length < arguments[0]", total)
+    judge.until("return document.activeElement.dataset.position == '2'")
+    judge.press("\ue010")  # end
+    judge.until("return document.activeElement.dataset.position == arguments[0]", total - 1)
+    judge.until("return document.activeElement.querySelector('img').naturalWidth == 8")
+    judge.press("\ue011")  # home
+    judge.until("return document.activeElement.dataset.position == 0")
+
+
+def test_judge_image_opens_in_try(judge: Browser) -> None:
+    judge.do(CHANGE, "only", "all")
+    judge.do("document.getElementById('gallery').scrollIntoView()")
+    judge.until("const i = document.querySelector('#images img'); return i && i.naturalWidth")
+    judge.click("#images button")
+    judge.until("return document.getElementById('image-title').textContent")
+    number = judge.do(
+        "return new URL(document.getElementById('image-try').href).searchParams.get('number')"
+    )
+    judge.click("#image-try")
+    judge.until(READY)
+    assert shown_image(judge) == f"val:{number}"
+
+
+def test_judge_tables_are_sorted_and_walked_by_keys(judge: Browser) -> None:
+    judge.do("document.querySelector('#confusion [data-cell]').focus()")
+    before = judge.do("return document.activeElement.dataset.cell")
+    judge.press("\ue015", "\ue014")  # down, right
+    after = judge.do("return document.activeElement.dataset.cell")
+    assert after
+    assert after != before
+    judge.do("document.querySelector('#sections details').open = true")
+    judge.click("[data-sort=recall]")
+    recalls = judge.do(
+        "return [...document.querySelectorAll('.sortable tbody tr')].map((r) => +r.dataset.recall)"
+    )
+    assert recalls == sorted(recalls, reverse=True)
+
+
+def test_judge_compares_two_runs_on_the_same_images(judge: Browser) -> None:
+    judge.do(CHANGE, "other", "one")
+    verdict = judge.until(
+        "const v = document.querySelector('#comparison .verdict'); return v && v.textContent"
+    )
+    assert "McNemar" in verdict
+    assert judge.do("return document.querySelector('#comparison tbody th').textContent") == "one"
+
+
+def test_judge_asks_before_it_opens_the_test_split(judge: Browser, root: Path) -> None:
+    uses = convlens.Run.load(root / "models/two").run_dir.evaluation_log
+    tested = "return document.getElementById('summary').textContent.includes('test accuracy')"
+    judge.do(CHANGE, "split", "test")
+    judge.until("return document.getElementById('sealed').open")
+    assert "never been used" in judge.do("return document.getElementById('sealed').textContent")
+    judge.press("\ue00c")  # escape keeps it sealed
+    judge.until("return document.getElementById('split').value == 'val'")
+    judge.until(JUDGED)
+    assert [entry["split"] for entry in uses()] == ["val"]
+    judge.do(CHANGE, "split", "test")
+    judge.until("return document.getElementById('sealed').open")
+    judge.click("#open-sealed")
+    judge.until(tested)
+    assert "used once" in judge.do("return document.getElementById('seal').textContent")
+    assert [entry["by"] for entry in uses() if entry["split"] == "test"] == ["explore"]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("axe_core_python") is None, reason="axe-core-python is not installed"
+)
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_judge_has_no_accessibility_problems(window: Browser, url: str, dark: bool) -> None:
+    spec = importlib.util.find_spec("axe_core_python")
+    assert spec is not None
+    assert spec.origin is not None
+    window.size(*DESK, dark=dark)
+    window.open(base(url) + "judge?run=two")
+    window.until(JUDGED)
+    window.do("for (const d of document.querySelectorAll('#sections details')) d.open = true")
+    window.until("return document.querySelectorAll('#sections figure.paper img').length >= 3")
+    window.devtools("Page.setBypassCSP", enabled=True)
+    window.do((Path(spec.origin).parent / "axe.min.js").read_text("utf-8"))
+    result = window.wait("axe.run().then(arguments[arguments.length - 1])")
+    assert [
+        (rule["id"], node["target"], node["failureSummary"])
+        for rule in result["violations"]
+        for node in rule["nodes"][:3]
+    ] == []
+    assert len(result["passes"]) > 20
+
+
 def test_webcam_picture_is_classified(page: Browser) -> None:
     page.click("#use-webcam")
     page.until("return document.getElementById('video').videoWidth")

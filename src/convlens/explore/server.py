@@ -30,6 +30,7 @@ from convlens.errors import ConvlensError, ResourceError, UsageError
 from convlens.explore import security, web
 from convlens.explore.data_sets import data_routes
 from convlens.explore.jobs import Job, JobCancelled, started_jobs
+from convlens.explore.judge import judge_routes
 from convlens.explore.labels import labels_routes
 from convlens.explore.security import Access, Guard, Limits
 from convlens.explore.try_image import try_routes
@@ -66,6 +67,7 @@ class PagePart:
 PARTS = (
     PagePart("try", "Try", try_routes),
     PagePart("watch", "Watch", watch_routes),
+    PagePart("judge", "Judge", judge_routes),
     PagePart("labels", "Labels", labels_routes),
     PagePart("data", "Data", data_routes),
 )
@@ -144,7 +146,7 @@ async def _page(request: Request, part: PagePart) -> Response:
 
 
 async def _static(request: Request) -> Response:
-    """Return a script or style sheet of the package, or the style sheet of reports."""
+    """Return a script or style sheet of the package, or one that reports use, too."""
     files = _static_files()
     name = request.path_params["name"]
     if name not in files:
@@ -164,7 +166,8 @@ def _static_files() -> dict[str, tuple[str, str]]:
         for entry in own.iterdir()
         if entry.name.endswith(tuple(MEDIA_TYPES))
     }
-    return files | {"page.css": ("convlens.reports", "templates")}
+    shared = ("page.css", "tables.js")  # with reports
+    return files | dict.fromkeys(shared, ("convlens.reports", "templates"))
 
 
 @functools.cache

@@ -73,6 +73,15 @@ class OpenedRun:
         with self._data_lock:
             return self.subject.data
 
+    def check_is_open(self, name: str) -> None:
+        """Check that something of a split may be shown.
+
+        Raises:
+            UsageError: the test split is sealed.
+        """
+        if name == "test" and not self.test_is_open:
+            raise UsageError("the test split is sealed", fix="open it first")
+
     def split(self, name: str) -> Split:
         """Return a split of the run's data; see `data` for who may call this.
 
@@ -80,8 +89,7 @@ class OpenedRun:
             UsageError: the test split is sealed.
             DataError: the images have changed or moved, or there is no such split.
         """
-        if name == "test" and not self.test_is_open:
-            raise UsageError("the test split is sealed", fix="open it first")
+        self.check_is_open(name)
         with self._data_lock:
             return self.subject.split(name)
 

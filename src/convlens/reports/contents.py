@@ -153,6 +153,44 @@ def gather_contents(
     return contents
 
 
+def gather_split(
+    run_dir: RunDir,
+    loaded: LoadedModel,
+    split: str,
+    *,
+    device: str | None = None,
+    own_data: Data | None = None,
+) -> ReportContents:
+    """Gather what the sections about one split of a run show; single images are left out.
+
+    Predictions that are not cached are computed. It is the caller who decides that the test split
+    may be shown, and who logs that use of it.
+
+    Args:
+        split: `val` or `test`.
+        own_data: the data set of the run, if the caller has loaded it already.
+
+    Raises:
+        ModelFileError: files of the run that cannot be trusted.
+    """
+    contents = ReportContents(
+        run_dir,
+        run_dir.metadata(),
+        run_dir.metrics(),
+        run_dir.evaluations(),
+        loaded,
+        serialization.recipe_from_metadata(loaded.model_metadata),
+        split,
+        own_data=own_data,
+        device=device,
+    )
+    if contents.is_finished:
+        _add_predictions(contents)
+    else:
+        contents.missing.append("Training has not finished: there is nothing to evaluate yet.")
+    return contents
+
+
 def _read_recipe(run_dir: RunDir) -> Recipe | None:
     path = run_dir.path / "recipe.yaml"
     try:
@@ -161,15 +199,25 @@ def _read_recipe(run_dir: RunDir) -> Recipe | None:
         return None
 
 
-def _add_evaluation(contents: ReportContents) -> None:
-    """Add the metrics of the split, from cached predictions or by another evaluation."""
+def _own_evaluations(contents: ReportContents) -> list[dict[str, Any]]:
+    """Return the logged evaluations of exactly these weights on splits of the run."""
     sha = contents.model_metadata["sha256"]
-    entries = [
-        entry for entry in contents.evaluations if entry.get("own") and entry["model_sha256"] == sha
-    ]
-    contents.split = "test" if any(entry["split"] == "test" for entry in entries) else "val"
-    latest = next((e for e in reversed(entries) if e["split"] == contents.split), None)
+    return [e for e in contents.evaluations if e.get("own") and e["model_sha256"] == sha]
+
+
+def _add_evaluation(contents: ReportContents) -> None:
+    """Choose the split, and add its metrics."""
+    was_tested = any(entry["split"] == "test" for entry in _own_evaluations(contents))
+    contents.split = "test" if was_tested else "val"
+    _add_predictions(contents)
+
+
+def _add_predictions(contents: ReportContents) -> None:
+    """Add the metrics of the split, from cached predictions or by another evaluation."""
     run_dir, split = contents.run_dir, contents.split
+    entries = [entry for entry in _own_evaluations(contents) if entry["split"] == split]
+    latest = entries[-1] if entries else None
+    sha = contents.model_metadata["sha256"]
     fingerprint = contents.model_metadata["data"]["fingerprint"]
     predictions = evaluation.load_predictions(run_dir, split, fingerprint, sha)
     if latest is not None:
@@ -209,7 +257,11 @@ def _evaluate(contents: ReportContents) -> Evaluation:
     assert contents.loaded is not None
     if contents.split != "test":
         return evaluation.evaluate(
-            contents.run_dir, contents.split, device=contents.device, quiet=False
+            contents.run_dir,
+            contents.split,
+            device=contents.device,
+            quiet=False,
+            own_data=contents.own_data,
         )
     device = select_device(contents.device)
     split = evaluation.load_eval_split(

@@ -182,23 +182,29 @@ def format_seconds(value: float | None) -> str:
 
 
 def thumbnail(pixels: Pixels) -> str:
-    """Return an image uint8 `[C, H, W]`, C = 1 or 3, as a data URI.
+    """Return an image uint8 `[C, H, W]`, C = 1 or 3, as a data URI; see `encode_image`."""
+    return data_uri(*encode_image(pixels))
+
+
+def encode_image(pixels: Pixels, side: int = THUMBNAIL_SIDE) -> tuple[bytes, str]:
+    """Return an image uint8 `[C, H, W]`, C = 1 or 3, as a file, and its media type.
 
     The format is WebP, lossless for small images, or PNG if Pillow was built without WebP.
+
+    Args:
+        side: larger images are reduced to it.
     """
     gray = pixels.shape[0] == 1
     image = Image.fromarray(pixels[0] if gray else np.ascontiguousarray(np.moveaxis(pixels, 0, 2)))
     lossless = max(image.size) <= LOSSLESS_SIDE
-    if max(image.size) > THUMBNAIL_SIDE:
-        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    if max(image.size) > side:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if features.check("webp"):
-        media_type = "image/webp"
         image.convert("RGB").save(buffer, "WEBP", lossless=lossless, quality=80, method=4)
-    else:
-        media_type = "image/png"
-        image.save(buffer, "PNG", optimize=True)
-    return data_uri(buffer.getvalue(), media_type)
+        return buffer.getvalue(), "image/webp"
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue(), "image/png"
 
 
 def data_uri(content: bytes, media_type: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -182,7 +182,18 @@ def _describe_calibration(calibration: Calibration) -> str:
 
 
 def head_section(contents: ReportContents) -> Markup:
-    """Render name, verdict and the main numbers."""
+    """Render name, verdict, the main numbers, and what is missing."""
+    return render_template(
+        "head.html",
+        contents=contents,
+        summary=contents.summary,
+        numbers=summary_section(contents),
+        test_uses=contents.test_uses(),
+    )
+
+
+def summary_section(contents: ReportContents) -> Markup:
+    """Render the verdict and the main numbers."""
     summary = contents.summary
     baseline = bar = None
     majority = majority_class(contents)
@@ -195,13 +206,12 @@ def head_section(contents: ReportContents) -> Markup:
         )
         bar = interval_chart(low, high, summary["accuracy"], baseline, description)
     return render_template(
-        "head.html",
+        "summary.html",
         contents=contents,
         verdict=run_verdict(contents),
         summary=summary,
         train_accuracy=contents.train_accuracy,
         calibration=measure_calibration(contents),
-        test_uses=contents.test_uses(),
         baseline=baseline,
         bar=bar,
         split=SPLIT_WORDS[contents.split],
@@ -265,18 +275,52 @@ def _describe_gaps(rows: Sequence[MetricsRow]) -> str:
 
 def confusion_section(contents: ReportContents) -> Markup | None:
     """Render the predicted classes of each class; a cell is a button that shows its images."""
+    table = _confusion_table(contents)
+    if table is None:
+        return None
+    images = _cell_images(contents, _shown_cells(table))
+    content = {"cells": images, "classes": contents.classes} if images else None
+    return _render_confusion(contents, table, images, content)
+
+
+def confusion_buttons(contents: ReportContents) -> Markup | None:
+    """Render the same for a page that finds the images of a cell itself, by its `data-cell`."""
+    table = _confusion_table(contents)
+    if table is None:
+        return None
+    return _render_confusion(contents, table, {_cell_key(*cell) for cell in _shown_cells(table)})
+
+
+def _confusion_table(contents: ReportContents) -> ConfusionTable | None:
     if contents.summary is None or not contents.summary.get("confusion"):
         return None
-    table = np.asarray(contents.summary["confusion"], dtype=np.int64)
+    return np.asarray(contents.summary["confusion"], dtype=np.int64)
+
+
+def _shown_cells(table: ConfusionTable) -> list[tuple[int, int]]:
+    """Return (target, pred) of the cells with images, of a table or of a list of confusions."""
+    return confusion_cells(table) if len(table) <= MAX_CLASSES else confused_pairs(table)
+
+
+def _render_confusion(
+    contents: ReportContents,
+    table: ConfusionTable,
+    keys: Collection[str],
+    content: Mapping[str, Any] | None = None,
+) -> Markup:
+    """Render the table, or the list of confusions if there are too many classes.
+
+    Args:
+        keys: of the cells that are buttons.
+        content: the images that the page holds.
+    """
     as_table = len(table) <= MAX_CLASSES
-    cells = confusion_cells(table) if as_table else confused_pairs(table)
-    images = _cell_images(contents, cells)
     rows: list[list[dict[str, Any]]] = []
     pairs: list[dict[str, Any]] = []
     if as_table:
-        rows = [_confusion_row(table, target, images) for target in range(len(table))]
+        rows = [_confusion_row(table, target, keys) for target in range(len(table))]
     else:
-        pairs = [_confusion_pair(contents, table, cell, images) for cell in cells]
+        pairs = [_confusion_pair(contents, table, cell, keys) for cell in _shown_cells(table)]
     return render_template(
         "confusion.html",
         classes=contents.classes,
@@ -285,7 +329,8 @@ def confusion_section(contents: ReportContents) -> Markup | None:
         rows=rows,
         pairs=pairs,
         confusions=int((table - np.diag(table.diagonal()) > 0).sum()),
-        content={"cells": images, "classes": contents.classes} if images else None,
+        clickable=bool(keys),
+        content=content,
     )
 
 
@@ -315,7 +360,7 @@ def cell_shade(count: int, total: int, correct: bool) -> int:
 
 
 def _confusion_row(
-    table: ConfusionTable, target: int, images: Mapping[str, Any]
+    table: ConfusionTable, target: int, keys: Collection[str]
 ) -> list[dict[str, Any]]:
     total = int(table[target].sum())
     return [
@@ -325,7 +370,7 @@ def _confusion_row(
             "count": count,
             "correct": pred == target,
             "shade": cell_shade(count, total, pred == target),
-            "key": _key_with_images(target, pred, images),
+            "key": _known_key(target, pred, keys),
         }
         for pred, count in enumerate(table[target].tolist())
     ]
@@ -335,7 +380,7 @@ def _confusion_pair(
     contents: ReportContents,
     table: ConfusionTable,
     cell: tuple[int, int],
-    images: Mapping[str, Any],
+    keys: Collection[str],
 ) -> dict[str, Any]:
     target, pred = cell
     return {
@@ -343,7 +388,7 @@ def _confusion_pair(
         "pred": contents.classes[pred],
         "count": int(table[target, pred]),
         "share": table[target, pred] / table[target].sum(),
-        "key": _key_with_images(target, pred, images),
+        "key": _known_key(target, pred, keys),
     }
 
 
@@ -351,9 +396,9 @@ def _cell_key(target: int, pred: int) -> str:
     return f"{target}-{pred}"
 
 
-def _key_with_images(target: int, pred: int, images: Mapping[str, Any]) -> str | None:
+def _known_key(target: int, pred: int, keys: Collection[str]) -> str | None:
     key = _cell_key(target, pred)
-    return key if key in images else None
+    return key if key in keys else None
 
 
 def _cell_images(contents: ReportContents, cells: Sequence[tuple[int, int]]) -> dict[str, Any]:
@@ -432,18 +477,31 @@ def reliability_section(contents: ReportContents) -> Markup | None:
 
 
 def trust_section(contents: ReportContents) -> Markup | None:
+    """Render the section on trust, and write the figure of risk over coverage."""
+    curve = _risk_coverage(contents)
+    if curve is not None:
+        run_plots.plot_risk_coverage(contents.run_dir, contents.split, *curve)
+    return trust_text(contents)
+
+
+def _risk_coverage(contents: ReportContents) -> tuple[metrics.Floats, metrics.Floats] | None:
+    """Return coverage and risk of the evaluated images; None without their predictions."""
+    predictions = contents.predictions
+    if predictions is None:
+        return None
+    preds = predictions.logits.argmax(axis=1)
+    return selective.risk_coverage_curve(predictions.probs.max(axis=1), preds == predictions.labels)
+
+
+def trust_text(contents: ReportContents) -> Markup | None:
     """Render the effect of the temperature, risk over coverage, promises, and unknown images."""
-    predictions, summary = contents.predictions, contents.summary
-    if predictions is None or summary is None:
+    predictions, summary, curve = contents.predictions, contents.summary, _risk_coverage(contents)
+    if predictions is None or summary is None or curve is None:
         return None
     calibration = ModelCalibration()
     if contents.loaded is not None:
         calibration = contents.loaded.calibration
-    preds = predictions.logits.argmax(axis=1)
-    coverage, risk = selective.risk_coverage_curve(
-        predictions.probs.max(axis=1), preds == predictions.labels
-    )
-    run_plots.plot_risk_coverage(contents.run_dir, contents.split, coverage, risk)
+    coverage, risk = curve
     shown = np.unique(np.linspace(0, len(risk) - 1, MAX_CURVE_POINTS).round().astype(int))
     svg = line_chart(
         (100 * coverage[shown]).tolist(),

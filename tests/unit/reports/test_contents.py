@@ -7,7 +7,8 @@ import pytest
 import convlens
 from convlens.errors import UsageError
 from convlens.reports import contents
-from convlens.reports.contents import gather_contents
+from convlens.reports.contents import gather_contents, gather_split
+from convlens.run import find_run, load_model
 
 
 @pytest.mark.usefixtures("runs")
@@ -39,3 +40,18 @@ def test_contents_hold_the_evaluation_and_images_of_a_run() -> None:
 def test_unavailable_device_is_an_error() -> None:
     with pytest.raises(UsageError):
         gather_contents("small", audit=None, device="tpu")
+
+
+@pytest.mark.usefixtures("runs")
+def test_contents_of_a_split_are_those_that_were_asked_for() -> None:
+    run_dir = find_run("small")
+    loaded = load_model(run_dir.model_path)
+    uses = [entry for entry in run_dir.evaluation_log() if entry["split"] == "test"]
+    tested = gather_split(run_dir, loaded, "test", device="cpu")
+    assert tested.summary == gather_contents("small", audit=False, device="cpu").summary
+    validated = gather_split(run_dir, loaded, "val", device="cpu")
+    assert validated.split == "val"
+    assert validated.summary is not None
+    assert validated.summary["accuracy"] == convlens.evaluate("small", "val").accuracy
+    # Whoever shows the test split logs that.
+    assert [entry for entry in run_dir.evaluation_log() if entry["split"] == "test"] == uses

@@ -142,6 +142,14 @@ def test_large_thumbnails_are_reduced() -> None:
     assert abs(int(shown.mean()) - 128) <= 2
 
 
+def test_image_is_encoded_with_the_side_that_was_asked_for() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 300, 150), dtype=np.uint8)
+    for side, expected in ((512, (150, 300)), (200, (100, 200))):
+        content, media_type = html.encode_image(pixels, side)
+        image = Image.open(io.BytesIO(content))
+        assert (image.size, f"image/{image.format}".lower()) == (expected, media_type)
+
+
 def test_cells_show_fewer_images_if_the_page_would_be_too_large(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -227,3 +228,26 @@ def test_trust_states_how_many_images_are_unlike_the_training_images() -> None:
     assert ("Of the test images, 25.0% are marked (3 of 12, 95% interval 8.9% to 53.2%).") in html
     contents.unlike = None
     assert "are marked (" not in str(sections.trust_section(contents))
+
+
+def test_cells_can_be_buttons_without_the_images_of_the_page() -> None:
+    contents = two_class_contents()
+    html = sections.confusion_buttons(contents)
+    assert html is not None
+    assert re.findall(r'data-cell="([^"]+)"', html) == ["0-0", "1-0", "1-1"]
+    assert "<script" not in html
+    without_images = sections.confusion_section(contents)
+    assert without_images is not None
+    assert "data-cell" not in without_images
+    assert sections.confusion_buttons(two_class_contents(summary=None)) is None
+
+
+@pytest.mark.figures
+@pytest.mark.usefixtures("figures_of_one_pixel")
+def test_only_the_report_writes_the_figure_of_risk_over_coverage() -> None:
+    contents = two_class_contents()
+    figure = contents.run_dir.plots / "risk-coverage-test.png"
+    shown = sections.trust_text(contents)
+    assert not figure.exists()
+    assert sections.trust_section(contents) == shown
+    assert figure.exists()

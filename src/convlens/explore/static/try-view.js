@@ -1,6 +1,6 @@
 // One model's view of the image: prediction, heat map, brush, nearest images, activations.
 import { decode, paintMap, paintPixels } from "./colors.js";
-import { finished, isReplaced, make, percent, request, showError } from "./app.js";
+import { RequestError, finished, isReplaced, make, percent, request, showError } from "./app.js";
 
 // A name for this page: its newest request of a kind replaces the older ones on the server.
 const page = Math.random().toString(36).slice(2);
@@ -45,6 +45,16 @@ export class View {
   #body = (more) => ({ run: this.run, image: this.image, page, ...more });
   #ask = (name, more = {}) => request(`/api/try/${name}`, this.#body(more), { signal: this.#abort.signal });
 
+  // Answers can overtake each other: only that to the newest request of a kind counts, as on the server.
+  #newest = new Map();
+  async #askNewest(name, more) {
+    const mine = (this.#newest.get(name) || 0) + 1;
+    this.#newest.set(name, mine);
+    const answer = await this.#ask(name, more);
+    if (this.#newest.get(name) !== mine) throw new RequestError(409, { error: "replaced by a newer request" });
+    return answer;
+  }
+
   // Show an image by its id. With `brief` only what changes quickly, e.g. for the webcam.
   async show(image, { brief = false } = {}) {
     this.#abort?.abort();
@@ -79,7 +89,7 @@ export class View {
     const hidden = this.mask?.some((bit) => bit) ? encodeBits(this.mask) : "";
     const promise = this.settings.promise;
     const possible = this.facts.promises.includes(promise);
-    const answer = await this.#ask("predict", { hidden, min_accuracy: possible ? promise : null });
+    const answer = await this.#askNewest("predict", { hidden, min_accuracy: possible ? promise : null });
     if (!hidden) this.before = new Map(answer.top.map(({ label, prob }) => [label, prob]));
     this.answer = answer;
     this.#showAnswer(promise !== null && !possible);
@@ -128,7 +138,7 @@ export class View {
     const target = this.part("target").value, { method } = this.settings;
     const note = this.part("heat-note");
     try {
-      const heat = await this.#ask("heat-map", { method, target });
+      const heat = await this.#askNewest("heat-map", { method, target });
       paintMap(this.part("heat"), decode(heat.maps), heat.map_width, heat.map_height, heat.signed ? "PuOr_r" : "viridis", heat.signed ? fromMiddle : fromZero);
       this.part("heat").hidden = false;
       const layer = heat.layer ? ` at ${heat.layer}, ${heat.map_width}×${heat.map_height}` : "";

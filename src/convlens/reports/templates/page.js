@@ -1,4 +1,3 @@
-"use strict";
 (function () {
   // Light and dark: the system preference applies until the button is pressed.
   const root = document.documentElement, theme = document.getElementById("theme");
@@ -21,24 +20,7 @@
   }, { rootMargin: "-15% 0px -75% 0px" });
   for (const section of document.querySelectorAll("main > section")) observer.observe(section);
 
-  // Sortable tables; unknown values come last in both directions.
-  for (const table of document.querySelectorAll(".sortable")) {
-    for (const button of table.querySelectorAll("thead button")) {
-      button.addEventListener("click", () => {
-        const head = button.closest("th"), key = button.dataset.sort;
-        const now = head.getAttribute("aria-sort");
-        const up = now ? now === "descending" : key === "order";
-        for (const th of table.querySelectorAll("th[aria-sort]")) th.removeAttribute("aria-sort");
-        head.setAttribute("aria-sort", up ? "ascending" : "descending");
-        const body = table.tBodies[0], value = (row) => row.dataset[key];
-        const rows = [...body.rows].sort((a, b) => {
-          if (value(a) === "" || value(b) === "") return (value(a) === "") - (value(b) === "");
-          return (up ? 1 : -1) * (value(a) - value(b));
-        });
-        body.append(...rows);
-      });
-    }
-  }
+  makeSortable(document);
 
   // The images of a cell. Names are only ever set as text, never as HTML.
   const store = document.getElementById("cells"), shown = document.getElementById("shown");
@@ -83,22 +65,8 @@
   };
   for (const button of buttons) button.addEventListener("click", () => show(button));
 
-  // Arrow keys move between cells.
   const matrix = document.getElementById("matrix");
-  const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
-  if (matrix) matrix.addEventListener("keydown", (event) => {
-    const step = steps[event.key], cell = event.target.closest("td");
-    if (!step || !cell) return;
-    event.preventDefault();
-    let row = cell.parentNode.rowIndex, column = cell.cellIndex;
-    for (;;) {
-      row += step[0]; column += step[1];
-      const next = matrix.rows[row] && matrix.rows[row].cells[column];
-      if (row < 1 || !next) return;
-      const button = next.querySelector("button");
-      if (button) { button.focus(); return; }
-    }
-  });
+  if (matrix) moveByArrowKeys(matrix);
 
   // Small images are shown pixel by pixel, larger ones smoothly.
   function smooth(container) {
