@@ -172,6 +172,7 @@ async def show_figures(request: Request) -> JSONResponse:
             "images": 0 if gallery is None else len(gallery),
             "sections": _render(_report_sections(), contents),
             "missing": contents.missing,
+            "validation_chose_epoch": contents.validation_chose_epoch,
             "inside": _inside_titles() if gallery else [],
             "test_is_open": opened.test_is_open,
             "test_uses": opened.test_uses(),

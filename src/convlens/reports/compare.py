@@ -173,7 +173,10 @@ def comparison_head(comparison: ComparedRuns) -> Markup:
     """Render names, verdict and the notes on missing parts."""
     missing = [f"{run.name}: {line}" for run in comparison.runs for line in run.missing]
     return render_template(
-        "compare-head.html", comparison=comparison, missing=list(dict.fromkeys(missing))
+        "compare-head.html",
+        comparison=comparison,
+        missing=list(dict.fromkeys(missing)),
+        validation_chose_epoch=any(run.validation_chose_epoch for run in comparison.runs),
     )
 
 

@@ -101,6 +101,11 @@ class ReportContents:
         epoch = self.metadata.get("kept_epoch")
         return None if epoch is None else int(epoch)
 
+    @property
+    def validation_chose_epoch(self) -> bool:
+        """Whether the epoch with the best validation was kept: figures on it are optimistic."""
+        return self.recipe is None or self.recipe.train.keep == "best"
+
     def test_uses(self) -> int:
         """Return how often the test split of the run has been used, this page included."""
         if self.loaded is None:

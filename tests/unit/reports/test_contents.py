@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import convlens
 from convlens.errors import UsageError
 from convlens.reports import contents
 from convlens.reports.contents import gather_contents, gather_split
+from convlens.reports.sections import head_section
 from convlens.run import find_run, load_model
 
 
@@ -55,3 +58,17 @@ def test_contents_of_a_split_are_those_that_were_asked_for() -> None:
     assert validated.summary["accuracy"] == convlens.evaluate("small", "val").accuracy
     # Whoever shows the test split logs that.
     assert [entry for entry in run_dir.evaluation_log() if entry["split"] == "test"] == uses
+
+
+@pytest.mark.usefixtures("runs")
+def test_page_says_that_validation_chose_the_epoch_only_if_it_did() -> None:
+    best = gather_split(
+        find_run("small"), load_model(find_run("small").model_path), "val", device="cpu"
+    )
+    assert best.recipe is not None
+    assert best.validation_chose_epoch
+    last = replace(best, recipe=best.recipe.replace(**{"train.keep": "last"}))
+    assert not last.validation_chose_epoch
+    assert "Validation images chose the epoch" in head_section(best)
+    assert "Validation images chose the epoch" not in head_section(last)
+    assert "Evaluated on the validation split" in head_section(last)

@@ -129,9 +129,10 @@ function showSeal() {
   const test = find("split").querySelector("[value=test]");
   test.textContent = judged.test_is_open ? "test" : "test, sealed";
   const used = judged.test_uses ? `has been used ${times(judged.test_uses)}` : "has never been used";
+  const chose = judged.validation_chose_epoch ? ", which chose the epoch, so the numbers are slightly optimistic" : "";
   const text = shownSplit === "test"
     ? `The test split of this run ${used}, this time included. convlens never uses it to choose anything.`
-    : `These are validation images, which chose the epoch, so the numbers are slightly optimistic. The test split of this run ${used}.`;
+    : `These are validation images${chose}. The test split of this run ${used}.`;
   find("seal").replaceChildren(make("p", { className: shownSplit === "test" ? "quiet" : "note", textContent: text }));
 }
 
