@@ -8,7 +8,6 @@ from helpers.paths import REPOSITORY
 
 TEXT = (REPOSITORY / "docs/reliability.md").read_text("utf-8")
 GUARANTEES = [item for item in re.split(r"\n(?=- |\n)", TEXT) if item.startswith("- **")]
-PAGES = ("design", "distributed", "glossary", "reliability")
 LINK = re.compile(r"\[`([^`]+)`\]\(\.\./([^)]+)\)")
 
 
@@ -30,9 +29,3 @@ def test_each_link_leads_to_the_named_test_or_file() -> None:
             assert f"def {name}(" in path.read_text("utf-8"), name
         else:
             assert name == target
-
-
-def test_lines_of_the_docs_are_short() -> None:
-    for page in ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in PAGES)):
-        for number, line in enumerate((REPOSITORY / page).read_text("utf-8").splitlines(), 1):
-            assert len(line) <= 120, f"{page}, line {number}"
