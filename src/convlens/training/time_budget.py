@@ -300,6 +300,7 @@ class TimeBudget:
         self._context = context
         self._speeds: dict[str, Speed] = {}
         self._seconds_left: float | None = None
+        self.cores = usable_cores()  # that decode the images
         if context.process_group.size > 1:
             self._measure_all(requested, backbones)
 
@@ -314,6 +315,7 @@ class TimeBudget:
         measured = self._context.broadcast(measure)
         self._speeds = {key: Speed(**each) for key, each in measured.items()}
         self._seconds_left = self._context.broadcast(self.deadline.left)
+        self.cores = self._context.broadcast(usable_cores)
 
     def speed(self, start: Recipe) -> Speed:
         """Return the speed of the network of a recipe without `auto` in the section `model`."""
@@ -411,7 +413,7 @@ def image_size_that_fits(
     val, test = (round(share * native.count) for share in held_out)
     images = ImageCounts(max(2, native.count - val - test), val, test)
     decoding = DECODE_SECONDS + DECODE_SECONDS_PER_PIXEL * native.side**2
-    seconds = budget.seconds_before_decoding() - decoding * native.count / usable_cores()
+    seconds = budget.seconds_before_decoding() - decoding * native.count / budget.cores
     options = options_for(requested, start, native, size, None)
     return _choose_for(requested, start, options, images, speed, seconds).option.image_size
 

@@ -311,8 +311,10 @@ def test_a_slow_training_is_shortened_and_continued_with_the_same_bits(
     assert whole.metadata()["shortened"] == [{"after": 1, "epochs": 2}]
     assert whole.metadata()["epochs"] == 2
     planned = whole.recipe().train.epochs
+    printed = capsys.readouterr().err
     message = f"slower than expected: 2 instead of {planned} epochs fit into 1 minute"
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(printed.split())
+    assert re.findall(r"^epoch +(\d+/\d+)", printed, re.M) == [f"1/{planned}", "2/2"]
     # The first of two steps continues the schedule, the second is halfway to its end.
     halfway = optim.build_schedule(recipe.optim)((1 + 1 / planned) / 2)
     assert float(whole.metrics()[-1]["lr"]) == pytest.approx(0.01 * halfway)
