@@ -186,8 +186,8 @@ cli.main(["train", "digits", "--device", "cpu"])
 """
 
 
-# `train.minutes` by two processes: only rank 0 measures and looks at the clock, which would tell the
-# other one something else. Each writes what it trained.
+# `train.minutes` by two processes: only rank 0 measures and looks at the clock, which would tell
+# the other one something else. Each writes what it trained.
 LIMITED_TIME = """
 import hashlib, json, os, sys
 from convlens import cli

@@ -24,6 +24,7 @@ from convlens.data.class_names import (
     sort_classes,
     strip_invisible,
     unknown_classes,
+    whole_numbers,
 )
 from convlens.data.image_paths import PathFinder
 from convlens.data.joined_lists import find_joined_lists
@@ -279,7 +280,11 @@ def make_source(
         DataError: lists everything that is wrong.
         UsageError: `rename` names a class that does not exist.
     """
-    missing = find_missing_labels(content.rows, {*known_classes, *(rename or ())})
+    named = {*known_classes, *(rename or ())}
+    missing = find_missing_labels(content.rows, named)
+    whole = whole_numbers(row.label for row in content.rows)
+    if whole.keys().isdisjoint(named):  # else a run of an earlier version, for example
+        content = _with_whole_numbers(content, whole)
     if rename:
         check_renamed(rename, sorted({row.label for row in content.rows}))
         renamed = [replace(row, label=rename.get(row.label, row.label)) for row in content.rows]
@@ -318,6 +323,16 @@ def make_source(
                 [g for number in members if (g := rows[number].group) is not None] or None,
             )
     return DataSource(name, names, parts, tuple(notes))
+
+
+def _with_whole_numbers(content: ListContent, whole: Mapping[str, str]) -> ListContent:
+    """Return the rows with the labels that `whole` names replaced, and a note about it."""
+    if not whole:
+        return content
+    rows = [replace(row, label=whole.get(row.label, row.label)) for row in content.rows]
+    examples = [f"{label} is {number}" for label, number in whole.items()]
+    note = f"labels are whole numbers with decimals: {list_examples(examples)}"
+    return replace(content, rows=rows, notes=[*content.notes, note])
 
 
 def _check_rows(
