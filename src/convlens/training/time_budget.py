@@ -8,7 +8,7 @@ when their exact numbers and the time left are known, for the rest.
 
 Larger images are worth more than further epochs only if most of the usual epochs fit
 (`MIN_SHARES`). If not even a few epochs fit, the backbone stays frozen: its features are computed
-once, and only the head is trained.
+once, for the largest images for which there is time, and only the head is trained.
 
 If the training is slower than expected, the remaining epochs are reduced, and the learning rate
 falls to its end within them (`epochs_that_fit`, `shorten_schedule`). So a training takes at most
@@ -43,8 +43,9 @@ from convlens.uncertainty.outliers import MAX_VECTORS
 from convlens.utils.console import format_duration
 
 # Image sizes of a fine-tuning, and which share of the usual epochs must fit for each. With less
-# time, smaller images and more epochs are better (docs/log.md).
-MIN_SHARES: Mapping[int, float] = {128: 0.2, 160: 2 / 3, 192: 2 / 3, 224: 1.0}
+# time, smaller images and more epochs are better, and below the smallest of these shares a head on
+# the features of larger images (docs/log.md).
+MIN_SHARES: Mapping[int, float] = {128: 0.4, 160: 2 / 3, 192: 2 / 3, 224: 1.0}
 # The same for any size above the smallest in a training from scratch.
 MIN_SCRATCH_SIZE, MIN_SCRATCH_SHARE = 32, 0.5
 HEAD_EPOCHS = 30  # of a training on features, where an epoch takes a fraction of a second
@@ -253,7 +254,7 @@ def options_for(
         if decoded is not None:
             share = MIN_SHARES[min(MIN_SHARES)]
             options = [Option(each.image_size, each.crop_size, False, share) for each in options]
-        return [Option(options[0].image_size, head_only=True), *options]
+        return [*(Option(size, head_only=True) for size in sizes), *options]
     return options
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,28 @@ def test_the_best_option_that_fits_is_chosen(
     assert (choice.option, choice.epochs, choice.fits) == (option, epochs, fits)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "option", "fits"),
+    [
+        # 200 stored features. A head of 100 px takes 6.68 s, one of 200 px 11.72 s, four times as
+        # much beside the constant part; 4 of 9 epochs of training at 100 px 7.78 s.
+        (6.6, HEAD, False),
+        (7.7, HEAD, True),
+        (7.8, replace(SMALL, min_share=0.4), True),
+    ],
+)
+def test_a_head_has_the_largest_images_that_fit(seconds: float, option: Option, fits: bool) -> None:
+    heads = [HEAD, replace(HEAD, image_size=200)]
+    trained = replace(SMALL, min_share=0.4)
+    choice = choose([*heads, trained], IMAGES, SPEED, seconds, usual_epochs=9)
+    assert (choice.option, choice.fits) == (option, fits)
+    # Where a step takes ten times as long, a head of larger images fits first.
+    slow = replace(SPEED, train=1e-2)
+    for seconds, size in ((11.5, 100), (11.8, 200), (18.0, 200)):
+        choice = choose([*heads, trained], IMAGES, slow, seconds, usual_epochs=9)
+        assert (choice.option, choice.fits) == (replace(HEAD, image_size=size), True)
+
+
 def test_the_epochs_of_the_recipe_stay() -> None:
     for seconds, option, fits in ((100.0, LARGE, True), (9.0, SMALL, True), (6.0, SMALL, False)):
         choice = choose([SMALL, LARGE], IMAGES, SPEED, seconds, usual_epochs=9, fixed_epochs=5)
@@ -145,8 +168,9 @@ def test_what_a_recipe_leaves_open_decides_the_options() -> None:
         found = time_budget.options_for(requested, start, native, 192, decoded)
         return [(each.image_size, each.crop_size, each.head_only) for each in found]
 
+    heads = [(size, None, True) for size in (128, 160, 192, 224)]
     trained = [(128, 96, False), (160, 112, False), (192, 144, False), (224, 160, False)]
-    assert options() == [(128, None, True), *trained]
+    assert options() == [*heads, *trained]
     assert options("model.trainable=layer4+") == trained
     assert options("train.epochs=3") == trained
     assert options("augment=[]") == [(each[0], None, False) for each in trained]
