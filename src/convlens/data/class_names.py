@@ -87,6 +87,8 @@ def fold_class_name(name: str) -> str:
 def _skeleton(name: str) -> str:
     """Return the same text for names that look alike, or differ in case and blanks only."""
     folded = fold_class_name(unicodedata.normalize("NFKC", name))
+    if _NUMBER.fullmatch(folded):
+        return folded  # with its sign
     folded = "".join(_LOOK_ALIKES.get(letter, letter) for letter in folded)
     return re.sub(r"[\s_-]+", "", folded) or folded
 
