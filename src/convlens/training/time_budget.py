@@ -34,7 +34,7 @@ from convlens.device import Plan, candidate_plans, synchronize, usable_cores
 from convlens.engine.loop import TrainLoop
 from convlens.models import stages
 from convlens.models.stages import set_train_mode
-from convlens.recipe import Recipe, auto_epochs
+from convlens.recipe import FINE_TUNING_IMAGES_TO_SEE, Recipe, auto_epochs
 from convlens.runtime import RuntimeContext
 from convlens.training import transfer
 from convlens.training.autotune import fastest
@@ -187,6 +187,7 @@ def choose(
     *,
     usual_epochs: int,
     fixed_epochs: int | None = None,
+    enough_epochs: float = 0.0,
 ) -> Choice:
     """Return the best of the options that fit into the time, with its number of epochs.
 
@@ -195,21 +196,27 @@ def choose(
         seconds: the time that is left.
         usual_epochs: the number without a limit of time, which is not exceeded.
         fixed_epochs: the number that the recipe sets.
+        enough_epochs: the number for which the training sees as many images as for a large set.
+            With few images it is above `usual_epochs`: then a head on larger images is better than
+            a training on smaller ones.
     """
+    can_freeze = options[0].head_only
     for option in reversed(options):
         references = reference_images(option, speed, seconds)
         other = option.other_seconds(images, speed, references)
         per_epoch = option.epoch_seconds(images, speed)
         affordable = math.floor((seconds - other) / per_epoch)
         is_cheapest = option == options[0]
+        is_reduced = can_freeze and option.min_share < 1 and not option.head_only
+        full_epochs = max(usual_epochs, enough_epochs) if is_reduced else usual_epochs
         if fixed_epochs is not None:
             needed = epochs = fixed_epochs
         elif option.head_only:
             needed = epochs = HEAD_EPOCHS
         else:
-            needed = 1 if is_cheapest else max(1, math.ceil(option.min_share * usual_epochs))
+            needed = 1 if is_cheapest else max(1, math.ceil(option.min_share * full_epochs))
             epochs = max(1, min(affordable, usual_epochs))
-        fits = affordable >= needed
+        fits = affordable >= needed and (option.head_only or epochs >= needed)
         if fits or is_cheapest:
             total = other + epochs * per_epoch
             end = replace(option, head_only=False).other_seconds(images, speed, references)
@@ -453,6 +460,7 @@ def _choose_for(
         seconds,
         usual_epochs=auto_epochs(images.train, is_pretrained=start.model.weights != "none"),
         fixed_epochs=_fixed_epochs(requested),
+        enough_epochs=FINE_TUNING_IMAGES_TO_SEE / images.train,
     )
 
 

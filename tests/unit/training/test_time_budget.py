@@ -105,6 +105,21 @@ def test_a_head_has_the_largest_images_that_fit(seconds: float, option: Option, 
         assert (choice.option, choice.fits) == (replace(HEAD, image_size=size), True)
 
 
+def test_with_few_images_a_head_on_larger_ones_is_better_than_a_training_on_small_ones() -> None:
+    options = [HEAD, replace(HEAD, image_size=200), SMALL, replace(LARGE, min_share=1.0)]
+
+    def choice(seconds: float, enough: float, options: list[Option] = options) -> Option:
+        chosen = choose(options, IMAGES, SPEED, seconds, usual_epochs=20, enough_epochs=enough)
+        return chosen.option
+
+    assert choice(20.0, 20.0) == SMALL
+    assert choice(20.0, 100.0) == SMALL  # 20% are the usual 20 epochs, which fit
+    assert choice(20.0, 101.0) == options[1]
+    assert choice(300.0, 101.0) == options[3]  # the usual training
+    # Without a head there is nothing else.
+    assert choice(20.0, 101.0, options[2:]) == SMALL
+
+
 def test_the_epochs_of_the_recipe_stay() -> None:
     for seconds, option, fits in ((100.0, LARGE, True), (9.0, SMALL, True), (6.0, SMALL, False)):
         choice = choose([SMALL, LARGE], IMAGES, SPEED, seconds, usual_epochs=9, fixed_epochs=5)
