@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from convlens.run import RunDir
-from helpers.commands import Done, command, picture, weights
+from helpers.commands import Done, command, picture, pictures, weights
 from helpers.launching import ended, launch, torchrun
 from helpers.recipes_together import main
 from helpers.support import same, tiny
@@ -183,6 +184,69 @@ if os.environ["RANK"] == "1":
     train.load_data = lambda *_, **__: 1 / 0
 cli.main(["train", "digits", "--device", "cpu"])
 """
+
+
+# `train.minutes` by two processes: only rank 0 measures and looks at the clock, which would tell
+# the other one something else. Each writes what it trained.
+LIMITED_TIME = """
+import hashlib, json, os, sys
+from convlens import cli
+from convlens.device import Plan
+from convlens.training import time_budget, train
+
+def refuse(*_, **__):
+    raise AssertionError("only rank 0 decides")
+
+rank, fit, fitting = os.environ["RANK"], train.fit, time_budget.epochs_that_fit
+if rank == "0":
+    plan = Plan("cpu", "fp32", "channels_last").to_dict()
+    speed = time_budget.Speed(32, 0.2, 0.02, 0.02, plan)
+    time_budget.measure_speed = lambda *_: speed
+    time_budget.Deadline.left = lambda deadline: 60.0 * deadline.minutes
+    time_budget.epochs_that_fit = lambda epochs, done, **_: fitting(
+        epochs, done, seconds_per_epoch=10.0, seconds_left=15.0
+    )
+else:
+    time_budget.measure_speed = time_budget.epochs_that_fit = refuse
+    time_budget.Deadline.left = refuse
+
+def fit_and_write(job, run_dir):
+    result = fit(job, run_dir)
+    weights = b"".join(tensor.numpy().tobytes() for tensor in job.model.state_dict().values())
+    content = {
+        "recipe": job.recipe.model_dump(mode="json"),
+        "plan": job.plan.to_dict(),
+        "shortened": job.shortened,
+        "rates": [job.schedule(step / 8) for step in range(9)],
+        "weights": hashlib.sha256(weights).hexdigest(),
+    }
+    with open(f"rank-{rank}.json", "w") as file:
+        json.dump(content, file)
+    return result
+
+train.fit = fit_and_write
+cli.main(["train", *sys.argv[1:], "--name", "limited", "--device", "cpu"])
+"""
+
+
+def test_rank_0_chooses_and_shortens_a_training_for_all_processes() -> None:
+    photos = pictures(Path("photos"), {"blue": 12, "green": 12, "red": 12}, size=80)
+    Path("limited.py").write_text(LIMITED_TIME)
+    net = ("model.name=cnn", "model.weights=none", "model.widths=[4,8]", "train.batch_size=16")
+    done = torchrun(2, "limited.py", photos, "train.minutes=1", *net)
+    assert done.code == 0, done.err
+    first, second = (json.loads(Path(f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    # 26 training images of 32 px take 5.9 s for an epoch, and about 55 s are left for them.
+    assert first["recipe"]["data"]["image_size"] == 32
+    assert first["recipe"]["train"]["epochs"] == 9
+    assert first["plan"]["memory_format"] == "channels_last"
+    assert first["shortened"] == [{"after": 1, "epochs": 2}]
+    text = " ".join(done.err.split())
+    assert "slower than expected: 2 instead of 9 epochs fit into 1 minute" in text
+    assert re.findall(r"^epoch +(\d/\d)", done.err, re.M) == ["1/9", "2/2"]
+    metadata = RunDir(Path("models/limited")).metadata()
+    assert (metadata["world_size"], metadata["epochs"]) == (2, 2)
 
 
 @pytest.mark.slow

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from convlens.data.layout import Problem, list_examples
+from convlens.data.layout import MAX_EXAMPLES, Problem, list_examples
 from convlens.data.types import DataSource, Part
 from convlens.errors import DataError, UsageError, close_matches, closest_match, did_you_mean
 
@@ -86,6 +87,8 @@ def fold_class_name(name: str) -> str:
 def _skeleton(name: str) -> str:
     """Return the same text for names that look alike, or differ in case and blanks only."""
     folded = fold_class_name(unicodedata.normalize("NFKC", name))
+    if _NUMBER.fullmatch(folded):
+        return folded  # with its sign
     folded = "".join(_LOOK_ALIKES.get(letter, letter) for letter in folded)
     return re.sub(r"[\s_-]+", "", folded) or folded
 
@@ -98,6 +101,18 @@ def is_missing_label(label: str) -> bool:
 def may_be_missing_label(label: str) -> bool:
     """Return whether people write this for a missing label, although it may be a class (`none`)."""
     return label.casefold() in _MAYBE_MISSING
+
+
+def whole_numbers(labels: Iterable[str]) -> dict[str, str]:
+    """Return the number of each label with a decimal point if all labels are whole numbers.
+
+    Programs write `1.0` for the class 1 where a cell of its column is empty. Missing labels do not
+    count.
+    """
+    names = sorted({label for label in labels if not is_missing_label(label)})
+    if not all(map(_NUMBER.fullmatch, names)):
+        return {}
+    return {name: name.partition(".")[0] for name in names if "." in name}
 
 
 def sort_classes(names: Iterable[str]) -> tuple[str, ...]:
@@ -170,7 +185,11 @@ def match_class_names(names: Sequence[str], known: Sequence[str], where: str) ->
 
 def format_rename(name: str, new_name: str) -> str:
     """Return the override that renames a class."""
-    return f'\'data.rename={{"{name}": "{new_name}"}}\''
+    return _format_renames({name: new_name})
+
+
+def _format_renames(names: Mapping[str, str]) -> str:
+    return f"'data.rename={json.dumps(names, ensure_ascii=False)}'"
 
 
 def check_renamed(rename: Mapping[str, str], classes: Iterable[str]) -> None:
@@ -185,18 +204,55 @@ def check_renamed(rename: Mapping[str, str], classes: Iterable[str]) -> None:
         )
 
 
-def unknown_classes(split: str, unknown: Sequence[str], classes: Sequence[str]) -> Problem:
-    """Return the problem that classes of a split are not among those of the training split."""
-    message = f"classes in {split} that train lacks"
+def are_numbers_for_names(unknown: Sequence[str], classes: Sequence[str]) -> bool:
+    """Return whether the classes of a split are numbers, and those of the training split names."""
     are_numbers = all(map(str.isdecimal, unknown)) and not any(map(str.isdecimal, classes))
-    if not unknown or not classes or not are_numbers:
-        return Problem(message, unknown)
+    return bool(unknown) and bool(classes) and are_numbers
+
+
+def unknown_classes(
+    split: str,
+    unknown: Sequence[str],
+    classes: Sequence[str],
+    show: Callable[[str], str] = str,
+) -> Problem:
+    """Return the problem that classes of a split are not among those of the training split.
+
+    Classes with a similar name among the latter are shown with it, and the fix renames them.
+
+    Args:
+        show: how the message writes a name.
+    """
+    message = f"classes in {split} that train lacks"
+    if not are_numbers_for_names(unknown, classes):
+        similar = {name: match for name in unknown if (match := _similar_class(name, classes))}
+        items = [
+            show(name) + (f" (train has {show(similar[name])})" if name in similar else "")
+            for name in unknown
+        ]
+        return Problem(message, items, _offer_rename(similar))
     found = f"{list_examples(unknown)} (numbers; train has names: {list_examples(classes)})"
     fix = (
         "which number means which name is not known: write the names into the list, or give them "
         f"all, e.g. {format_rename(unknown[0], classes[0])}"
     )
     return Problem(message, [found], fix)
+
+
+def _similar_class(name: str, classes: Sequence[str]) -> str:
+    """Return the class that probably is the same one, or "". Numbers have to be equal."""
+    if not _NUMBER.fullmatch(name):
+        return closest_match(name, classes)
+    return next((each for each in classes if fold_class_name(each) == fold_class_name(name)), "")
+
+
+def _offer_rename(similar: Mapping[str, str]) -> str:
+    """Return what to do if names mean the same classes as similar ones; empty without any."""
+    pairs = dict(list(similar.items())[:MAX_EXAMPLES])
+    if not pairs:
+        return ""
+    are_the_same = "they are the same classes" if len(pairs) > 1 else "it is the same class"
+    return f"if {are_the_same}: {_format_renames(pairs)}{' ...' * (len(pairs) < len(similar))}"
 
 
 def rename_classes(source: DataSource, rename: Mapping[str, str]) -> DataSource:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from convlens.data.class_names import check_renamed, rename_classes, unknown_classes
+from convlens.data.class_names import (
+    are_numbers_for_names,
+    check_renamed,
+    rename_classes,
+    unknown_classes,
+)
 from convlens.data.file_types import describe_ignored, is_text_or_archive, needs_conversion
 from convlens.data.folder_layout import ClassFolder, Layout, LayoutOptions, find_layout
 from convlens.data.layout import (
@@ -34,7 +39,6 @@ from convlens.data.scan import (
     scan_entries,
 )
 from convlens.data.types import DataSource, FilePaths, Part
-from convlens.errors import closest_match
 
 
 @dataclass
@@ -291,15 +295,14 @@ def _single_class(names: Sequence[str], choice: ClassChoice) -> Problem:
 
 
 def _unknown_classes(split: str, scan: _Scan, names: Sequence[str]) -> Problem:
-    unknown, lacking = list[str](), sorted(set(scan.files) - set(names))
-    numbers = unknown_classes(split, lacking, names)
-    if numbers.fix:
-        return numbers
-    for name in lacking:
-        similar = closest_match(name, names)
-        unknown.append(f"{name!r} (train has {similar!r})" if similar else repr(name))
+    lacking = sorted(set(scan.files) - set(names))
+    problem = unknown_classes(split, lacking, names, repr)
+    if are_numbers_for_names(lacking, names):
+        return problem
     fix = (
         "give each class the same folder name in every split, or leave classes out: "
         f"{list_override('data.without', lacking)}"
     )
-    return Problem(f"classes in {split} that train lacks", unknown, fix)
+    if problem.fix:
+        fix = f"{problem.fix}; or {fix}"
+    return replace(problem, fix=fix)

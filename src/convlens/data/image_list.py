@@ -24,9 +24,10 @@ from convlens.data.class_names import (
     sort_classes,
     strip_invisible,
     unknown_classes,
+    whole_numbers,
 )
 from convlens.data.image_paths import PathFinder
-from convlens.data.joined_lists import find_joined_lists
+from convlens.data.joined_lists import JoinedLists, find_joined_lists
 from convlens.data.layout import (
     SPLITS,
     Problem,
@@ -157,7 +158,15 @@ def read_list(
         raise UsageError(
             "data.lists applies only to folders with several lists", where=f"data.name={name}"
         )
-    content = read_rows(path, options)
+    joined = find_joined_lists(path.parent)
+    if joined is not None and path.name not in joined.names:
+        joined = None
+    try:
+        content = read_rows(path, options)
+    except DataError as error:
+        if joined is None:
+            raise
+        raise DataError(error.what, where=error.where, fix=_name_folder(path, joined)) from error
     split = split_from_name(path.stem)
     siblings = [
         sibling.name
@@ -168,16 +177,24 @@ def read_list(
         content.notes.append(
             f"not read: {list_examples(siblings)}; to read all splits, name the folder"
         )
-    joined = find_joined_lists(path.parent)
-    if joined is not None and joined.folder == path.parent:
+    if joined is not None and len(joined.names) > 1:
         content.notes.append(
             f"{path.name} is one of several lists that belong together; to read all of them, with "
             "their splits, name the folder"
         )
+    elif joined is not None and all(row.file is None for row in content.rows):
+        content.fix = _name_folder(path, joined)
     ids = [row.path for row in content.rows]
     return make_source(
         content, path, name, ids, tested=tested, rename=options.rename, known_classes=known_classes
     )
+
+
+def _name_folder(path: Path, joined: JoinedLists) -> str:
+    """Return the advice to name the folder of a set instead of one of its lists."""
+    is_beside_images = len(joined.names) > 1
+    folder = path.parent if is_beside_images else path.absolute().parent.parent
+    return f"name the folder of the data set: {folder}"
 
 
 def read_rows(path: Path, options: ListOptions) -> ListContent:
@@ -279,7 +296,11 @@ def make_source(
         DataError: lists everything that is wrong.
         UsageError: `rename` names a class that does not exist.
     """
-    missing = find_missing_labels(content.rows, {*known_classes, *(rename or ())})
+    named = {*known_classes, *(rename or ())}
+    missing = find_missing_labels(content.rows, named)
+    whole = whole_numbers(row.label for row in content.rows)
+    if whole.keys().isdisjoint(named):  # else a run of an earlier version, for example
+        content = _with_whole_numbers(content, whole)
     if rename:
         check_renamed(rename, sorted({row.label for row in content.rows}))
         renamed = [replace(row, label=rename.get(row.label, row.label)) for row in content.rows]
@@ -318,6 +339,16 @@ def make_source(
                 [g for number in members if (g := rows[number].group) is not None] or None,
             )
     return DataSource(name, names, parts, tuple(notes))
+
+
+def _with_whole_numbers(content: ListContent, whole: Mapping[str, str]) -> ListContent:
+    """Return the rows with the labels that `whole` names replaced, and a note about it."""
+    if not whole:
+        return content
+    rows = [replace(row, label=whole.get(row.label, row.label)) for row in content.rows]
+    examples = [f"{label} is {number}" for label, number in whole.items()]
+    note = f"labels are whole numbers with decimals: {list_examples(examples)}"
+    return replace(content, rows=rows, notes=[*content.notes, note])
 
 
 def _check_rows(

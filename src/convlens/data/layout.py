@@ -34,14 +34,58 @@ SPLIT_WORDS = {
     "test": "test",
     "testing": "test",
     "tst": "test",
+    # German (`Trainingsdaten`), French, Spanish, Italian and Portuguese, without accents.
+    "trainings": "train",
+    "validierung": "val",
+    "validierungs": "val",
+    "evaluierung": "val",
+    "evaluierungs": "val",
+    "entrainement": "train",
+    "apprentissage": "train",
+    "entrenamiento": "train",
+    "validacion": "val",
+    "evaluacion": "val",
+    "prueba": "test",
+    "pruebas": "test",
+    "addestramento": "train",
+    "allenamento": "train",
+    "convalida": "val",
+    "validazione": "val",
+    "valutazione": "val",
+    "prova": "test",
+    "treino": "train",
+    "treinamento": "train",
+    "validacao": "val",
+    "avaliacao": "val",
+    "teste": "test",
+    "testes": "test",
 }
 # Validation, or testing beside another validation split: Food-11 has `training`, `validation`
 # and `evaluation`.
-_MAYBE_TEST_WORDS = frozenset({"holdout", "heldout", "eval", "evaluation"})
+_MAYBE_TEST_WORDS = frozenset(
+    {
+        "holdout",
+        "heldout",
+        "eval",
+        "evaluation",
+        "evaluierung",
+        "evaluierungs",
+        "evaluacion",
+        "valutazione",
+        "avaliacao",
+    }
+)
 _NEUTRAL_WORD = re.compile(
     r"(data)?sets?|data|splits?|part|subset|samples?|folder|dir|files|the|v|new|final|full|small|mini"
     r"|original|raw|resized|cropped|processed"
     r"|images?|imgs?|pictures?|photos?|jpe?gs?|pngs?"
+    r"|daten(satz|sets?)?|satz|menge|bilder|jeu|donnees|datos|imagenes|conjunto|dati|insieme"
+    r"|immagini|dados|imagens|fotos?"
+)
+# `jeu de test`, `datos de prueba`; not `train_de`, which may be German.
+_NOUN_AND_PREPOSITION = re.compile(
+    r"\b(jeu|images|donnees|datos|imagenes|conjunto|dati|insieme|immagini|dados|imagens|fotos)"
+    r" (de|del|d|des|di|da|do)\b"
 )
 _ANNOTATION_WORD = re.compile(
     r"annot(ation)?s?|labels?|lists?|masks?|trimaps?|segmentations?|ground|truth|gt|box(es)?|bbox(es)?"
@@ -142,9 +186,11 @@ def parse_split_name(name: str) -> SplitName | None:
 def split_words(name: str) -> list[str]:
     """Return the words of a name in lower case, divided at separators, digits and camel case.
 
-    The neutral words are also cut off the end of a word for a split: `trainset` is `train set`.
+    Accents are left out. The neutral words are also cut off the end of a word for a split:
+    `trainset` is `train set`.
     """
     words = list[str]()
+    name = _without_accents(name)
     name = _HOLD_OUT.sub(lambda match: match[0][:4].casefold() + "out", name)
     for word in _WORD.findall(name):
         # `TRAINset` has no camel case; `seg` and `Train` in `segTrain` are words.
@@ -152,7 +198,15 @@ def split_words(name: str) -> list[str]:
         humps = _HUMP.findall(word)
         words += whole if whole[0] in SPLIT_WORDS else map(str.casefold, humps)
     text = re.sub(r"\btrain (and )?val\b", "trainval", " ".join(words))
+    text = _NOUN_AND_PREPOSITION.sub(r"\1", text)
     return [part for word in text.split() for part in _cut_neutral_word(word)]
+
+
+def _without_accents(text: str) -> str:
+    if text.isascii():
+        return text
+    decomposed = unicodedata.normalize("NFKD", text)
+    return "".join(letter for letter in decomposed if not unicodedata.combining(letter))
 
 
 def _cut_neutral_word(word: str) -> list[str]:
@@ -222,7 +276,7 @@ def name_without_split(name: str) -> str:
     """Return a name without its word for a split: `cats` for `cats_train`, `A` for `trainA`."""
     separators = " _-.()"
     for part in itertools.chain(_WORD.finditer(name), _HUMP.finditer(name)):
-        if _cut_neutral_word(part[0].casefold())[0] in SPLIT_WORDS:
+        if _cut_neutral_word(_without_accents(part[0]).casefold())[0] in SPLIT_WORDS:
             before, after = name[: part.start()].rstrip(separators), name[part.end() :]
             return f"{before} {after.lstrip(separators)}".strip(separators)
     return name

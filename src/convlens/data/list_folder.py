@@ -133,7 +133,7 @@ def read_listed_folder(
     Raises:
         DataError: it is not clear what to read, or a list is wrong.
     """
-    root = _unwrap(root)
+    outer, root = root, _unwrap(root)
     joined = find_joined_lists(root)
     if joined is not None:
         content = rows_of_table(read_joined_lists(root, joined), root, str(root), options)
@@ -147,6 +147,7 @@ def read_listed_folder(
             rename=options.rename,
             known_classes=known_classes,
         )
+    shown_root = os.path.normpath(os.path.join(name, _relative(root, outer)))
     lists, errors = _read_lists(root, options)
     lists, not_chosen = _choose_lists(lists, options.lists, root)
     if options.lists is not None:
@@ -171,7 +172,7 @@ def read_listed_folder(
         by_lists = _split_by_lists(source, lists, root)
         if by_lists is not None:
             return by_lists
-        notes = _compare_with_folders(root, name, lists)
+        notes = _compare_with_folders(root, shown_root, lists)
         return replace(source, notes=(*source.notes, *notes))
     if not lists and has_options:
         raise next(iter(errors.values()))
@@ -186,7 +187,7 @@ def read_listed_folder(
         if path.parent != root and not has_options and _has_wrapped_class_folders(root):
             pairs = _label_pairs(rows, root)
             if not _is_one_to_one(pairs):
-                raise _two_readings(path, pairs, root, name)
+                raise _two_readings(path, pairs, root, shown_root)
     content, ids = _join_lists(root, name, lists, tested=tested)
     content.notes += _describe_class_names(root, content)
     if not_chosen:
@@ -632,8 +633,13 @@ def _with_names(content: ListContent, names: Mapping[str, str]) -> ListContent:
     return replace(content, rows=[replace(row, label=names[row.label]) for row in content.rows])
 
 
-def _compare_with_folders(root: Path, name: str, lists: Mapping[Path, ListContent]) -> list[str]:
+def _compare_with_folders(
+    root: Path, shown_root: str, lists: Mapping[Path, ListContent]
+) -> list[str]:
     """Check that lists beside class folders give the same classes, and return notes about them.
+
+    Args:
+        shown_root: the root as the user would name it.
 
     Raises:
         DataError: a list gives the images other classes. In a folder of annotations it may be
@@ -644,7 +650,7 @@ def _compare_with_folders(root: Path, name: str, lists: Mapping[Path, ListConten
         pairs = _label_pairs(content, root)
         labels, folders = (sorted(set(column)) for column in zip(*pairs, strict=True))
         listed = _relative(path, root)
-        to_use = f"to use it, name it: {os.path.join(name, listed)}"
+        to_use = f"to use it, name it: {os.path.join(shown_root, listed)}"
         if _is_one_to_one(pairs):
             notes.append(f"{listed} is not read, since the folders give the same classes; {to_use}")
         elif set(labels) <= set(folders):  # predictions, for example
@@ -659,7 +665,7 @@ def _compare_with_folders(root: Path, name: str, lists: Mapping[Path, ListConten
                 f"folders; {to_use}"
             )
         else:
-            raise _two_readings(path, pairs, root, name)
+            raise _two_readings(path, pairs, root, shown_root)
     return notes
 
 
@@ -674,7 +680,7 @@ def _is_one_to_one(pairs: Collection[tuple[str, str]]) -> bool:
 
 
 def _two_readings(
-    path: Path, pairs: Collection[tuple[str, str]], root: Path, name: str
+    path: Path, pairs: Collection[tuple[str, str]], root: Path, shown_root: str
 ) -> DataError:
     """Return the error about a list that gives the images of class folders other classes."""
     labels, folders = (sorted(set(column)) for column in zip(*pairs, strict=True))
@@ -683,7 +689,7 @@ def _two_readings(
         f"two readings: {listed} has the classes {list_examples(labels)}; its images are "
         f"in the folders {list_examples(folders)}",
         where=str(root),
-        fix=f"for the list, name it: {os.path.join(name, listed)}; for the folders as "
+        fix=f"for the list, name it: {os.path.join(shown_root, listed)}; for the folders as "
         "classes, data.layout=classes",
     )
 

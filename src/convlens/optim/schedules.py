@@ -221,17 +221,25 @@ class EMA(WeightAverage):
     `average <- d * average + (1 - d) * weights` after each step, with
     `d = min(decay, (1 + t) / (10 + t))`, so that the random initial weights do not dominate a
     short run (as in TensorFlow's `ExponentialMovingAverage`).
+
+    Args:
+        trained: the part of the network that changes; by default all of it. The average of the
+            rest equals it.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, trained: nn.Module | None = None) -> None:
         super().__init__(model)
         self.decay = decay
+        changing = {tensor.data_ptr() for tensor in _tensors(trained or model)}
+        pairs = list(zip(self._average, self._live, strict=True))
+        self._changing = [live for _, live in pairs if live.data_ptr() in changing]
+        self._updated = [average for average, live in pairs if live.data_ptr() in changing]
 
     @torch.no_grad()
     def update(self) -> None:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(self._average, self._live, 1 - decay)
+        torch._foreach_lerp_(self._updated, self._changing, 1 - decay)
 
 
 class Lookahead(WeightAverage):
@@ -266,8 +274,13 @@ class Lookahead(WeightAverage):
         torch._foreach_copy_(self._live, self._average)
 
 
-def build_averager(model: nn.Module, config: OptimConfig, steps: int) -> WeightAverage | None:
+def build_averager(
+    model: nn.Module, config: OptimConfig, steps: int, trained: nn.Module | None = None
+) -> WeightAverage | None:
     """Return the average that a recipe sets, if any, for a training of `steps` steps.
+
+    Args:
+        trained: the part of the network that changes; by default all of it.
 
     Raises:
         UsageError: both `optim.ema` and `optim.lookahead` are set.
@@ -278,7 +291,7 @@ def build_averager(model: nn.Module, config: OptimConfig, steps: int) -> WeightA
             fix="set one of them to null",
         )
     if config.ema:
-        return EMA(model, config.ema)
+        return EMA(model, config.ema, trained)
     if config.lookahead:
         options = config.lookahead
         return Lookahead(model, options.every, options.decay, options.power, steps)

@@ -184,6 +184,7 @@ def build_training_job(
         model = convert_sync_batchnorm(model, group, context.device)
     tuned.plan.prepare_model(model)
     batches = make_batches(tuned.plan)
+    inputs = feature_cache.choose_train_inputs(recipe, data, model, batches)
     return TrainingJob(
         recipe=recipe,
         data=data,
@@ -191,13 +192,16 @@ def build_training_job(
         plan=tuned.plan,
         timings=tuned.milliseconds,
         model=model,
-        inputs=feature_cache.choose_train_inputs(recipe, data, model, batches),
+        inputs=inputs,
         augment=augment,
         optimizer=optim.build_optimizer(model, recipe.optim),
         schedule=optim.build_schedule(recipe.optim),
         criterion=criterion,
         averager=optim.build_averager(
-            model, recipe.optim, steps=len(batches) * int(recipe.train.epochs)
+            model,
+            recipe.optim,
+            steps=len(batches) * int(recipe.train.epochs),
+            trained=inputs.model,
         ),
         preprocessing=preprocessing,
         scaler=make_grad_scaler(tuned.plan.device) if tuned.plan.precision == "fp16" else None,

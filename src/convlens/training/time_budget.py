@@ -8,7 +8,7 @@ when their exact numbers and the time left are known, for the rest.
 
 Larger images are worth more than further epochs only if most of the usual epochs fit
 (`MIN_SHARES`). If not even a few epochs fit, the backbone stays frozen: its features are computed
-once, and only the head is trained.
+once, for the largest images for which there is time, and only the head is trained.
 
 If the training is slower than expected, the remaining epochs are reduced, and the learning rate
 falls to its end within them (`epochs_that_fit`, `shorten_schedule`). So a training takes at most
@@ -34,7 +34,7 @@ from convlens.device import Plan, candidate_plans, synchronize, usable_cores
 from convlens.engine.loop import TrainLoop
 from convlens.models import stages
 from convlens.models.stages import set_train_mode
-from convlens.recipe import Recipe, auto_epochs
+from convlens.recipe import FINE_TUNING_IMAGES_TO_SEE, Recipe, auto_epochs
 from convlens.runtime import RuntimeContext
 from convlens.training import transfer
 from convlens.training.autotune import fastest
@@ -43,8 +43,9 @@ from convlens.uncertainty.outliers import MAX_VECTORS
 from convlens.utils.console import format_duration
 
 # Image sizes of a fine-tuning, and which share of the usual epochs must fit for each. With less
-# time, smaller images and more epochs are better (docs/log.md).
-MIN_SHARES: Mapping[int, float] = {128: 0.2, 160: 2 / 3, 192: 2 / 3, 224: 1.0}
+# time, smaller images and more epochs are better, and below the smallest of these shares a head on
+# the features of larger images (docs/log.md).
+MIN_SHARES: Mapping[int, float] = {128: 0.4, 160: 2 / 3, 192: 2 / 3, 224: 1.0}
 # The same for any size above the smallest in a training from scratch.
 MIN_SCRATCH_SIZE, MIN_SCRATCH_SHARE = 32, 0.5
 HEAD_EPOCHS = 30  # of a training on features, where an epoch takes a fraction of a second
@@ -186,6 +187,7 @@ def choose(
     *,
     usual_epochs: int,
     fixed_epochs: int | None = None,
+    enough_epochs: float = 0.0,
 ) -> Choice:
     """Return the best of the options that fit into the time, with its number of epochs.
 
@@ -194,21 +196,27 @@ def choose(
         seconds: the time that is left.
         usual_epochs: the number without a limit of time, which is not exceeded.
         fixed_epochs: the number that the recipe sets.
+        enough_epochs: the number for which the training sees as many images as for a large set.
+            With few images it is above `usual_epochs`: then a head on larger images is better than
+            a training on smaller ones.
     """
+    can_freeze = options[0].head_only
     for option in reversed(options):
         references = reference_images(option, speed, seconds)
         other = option.other_seconds(images, speed, references)
         per_epoch = option.epoch_seconds(images, speed)
         affordable = math.floor((seconds - other) / per_epoch)
         is_cheapest = option == options[0]
+        is_reduced = can_freeze and option.min_share < 1 and not option.head_only
+        full_epochs = max(usual_epochs, enough_epochs) if is_reduced else usual_epochs
         if fixed_epochs is not None:
             needed = epochs = fixed_epochs
         elif option.head_only:
             needed = epochs = HEAD_EPOCHS
         else:
-            needed = 1 if is_cheapest else max(1, math.ceil(option.min_share * usual_epochs))
+            needed = 1 if is_cheapest else max(1, math.ceil(option.min_share * full_epochs))
             epochs = max(1, min(affordable, usual_epochs))
-        fits = affordable >= needed
+        fits = affordable >= needed and (option.head_only or epochs >= needed)
         if fits or is_cheapest:
             total = other + epochs * per_epoch
             end = replace(option, head_only=False).other_seconds(images, speed, references)
@@ -253,7 +261,7 @@ def options_for(
         if decoded is not None:
             share = MIN_SHARES[min(MIN_SHARES)]
             options = [Option(each.image_size, each.crop_size, False, share) for each in options]
-        return [Option(options[0].image_size, head_only=True), *options]
+        return [*(Option(size, head_only=True) for size in sizes), *options]
     return options
 
 
@@ -300,6 +308,7 @@ class TimeBudget:
         self._context = context
         self._speeds: dict[str, Speed] = {}
         self._seconds_left: float | None = None
+        self.cores = usable_cores()  # that decode the images
         if context.process_group.size > 1:
             self._measure_all(requested, backbones)
 
@@ -314,6 +323,7 @@ class TimeBudget:
         measured = self._context.broadcast(measure)
         self._speeds = {key: Speed(**each) for key, each in measured.items()}
         self._seconds_left = self._context.broadcast(self.deadline.left)
+        self.cores = self._context.broadcast(usable_cores)
 
     def speed(self, start: Recipe) -> Speed:
         """Return the speed of the network of a recipe without `auto` in the section `model`."""
@@ -411,7 +421,7 @@ def image_size_that_fits(
     val, test = (round(share * native.count) for share in held_out)
     images = ImageCounts(max(2, native.count - val - test), val, test)
     decoding = DECODE_SECONDS + DECODE_SECONDS_PER_PIXEL * native.side**2
-    seconds = budget.seconds_before_decoding() - decoding * native.count / usable_cores()
+    seconds = budget.seconds_before_decoding() - decoding * native.count / budget.cores
     options = options_for(requested, start, native, size, None)
     return _choose_for(requested, start, options, images, speed, seconds).option.image_size
 
@@ -450,6 +460,7 @@ def _choose_for(
         seconds,
         usual_epochs=auto_epochs(images.train, is_pretrained=start.model.weights != "none"),
         fixed_epochs=_fixed_epochs(requested),
+        enough_epochs=FINE_TUNING_IMAGES_TO_SEE / images.train,
     )
 
 

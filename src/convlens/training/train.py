@@ -456,8 +456,8 @@ def fit(job: TrainingJob, run_dir: RunDir) -> tuple[list[dict[str, float]], int]
                     row = process_group.broadcast(partial(dict, row))
                     checkpoints.on_epoch_end(row)
                     display.epoch(row, checkpoints.best.epoch)
-                    if job.deadline is not None:
-                        _keep_deadline(job, run_dir, started)
+                    if job.deadline is not None and _keep_deadline(job, run_dir, started):
+                        display.shorten(job.epochs)
                     clock.restart()
                 stop = process_group.should_stop(now=True)
             if stop or checkpoints.is_finished or checkpoints.should_save:
@@ -474,15 +474,18 @@ def fit(job: TrainingJob, run_dir: RunDir) -> tuple[list[dict[str, float]], int]
     return rows, int(rows[-1]["epoch"]) if keeps_last else checkpoints.kept_epoch()
 
 
-def _keep_deadline(job: TrainingJob, run_dir: RunDir, started: float) -> None:
+def _keep_deadline(job: TrainingJob, run_dir: RunDir, started: float) -> bool:
     """Shorten the rest of the training if it would take too long. Rank 0 decides for all.
 
     Args:
         started: when the first epoch started, as `time.monotonic`.
+
+    Returns:
+        Whether the training was shortened.
     """
     deadline, done = job.deadline, job.state.epoch - 1
     if deadline is None or done >= job.epochs:
-        return
+        return False
 
     def decide() -> int:
         return time_budget.epochs_that_fit(
@@ -493,12 +496,14 @@ def _keep_deadline(job: TrainingJob, run_dir: RunDir, started: float) -> None:
         )
 
     epochs = job.process_group.broadcast(decide)
-    if epochs < job.epochs:
-        print_status(
-            f"slower than expected: {epochs} instead of {job.epochs} epochs fit into {deadline}"
-        )
-        job.shorten(done, epochs)
-        run_dir.update_metadata({"shortened": job.shortened})
+    if epochs >= job.epochs:
+        return False
+    print_status(
+        f"slower than expected: {epochs} instead of {job.epochs} epochs fit into {deadline}"
+    )
+    job.shorten(done, epochs)
+    run_dir.update_metadata({"shortened": job.shortened})
+    return True
 
 
 def run_train_loop(job: TrainingJob, process_group: ProcessGroup) -> Records:

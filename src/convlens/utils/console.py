@@ -55,9 +55,13 @@ _progress_listener: ContextVar[ProgressListener | None] = ContextVar(
 
 
 class ProgressBar(Protocol):
-    """A progress bar. `advance` moves it and sets the text that is shown at its end."""
+    """A progress bar.
+
+    `advance` moves it and sets the text that is shown at its end; `set_total` changes its length.
+    """
 
     def advance(self, amount: int = 1, text: str | None = None) -> None: ...
+    def set_total(self, total: int) -> None: ...
 
 
 class ScalarReader(Protocol):
@@ -274,6 +278,11 @@ def progress_bar(description: str, total: int, *, shown: bool = True) -> Iterato
                 if listener is not None:
                     listener(description, done, total)
 
+            def set_total(self, new_total: int) -> None:
+                nonlocal total
+                total = new_total
+                bars.update(task, total=total)
+
         yield _Bar()
 
 
@@ -295,6 +304,7 @@ class ProgressDisplay:
     """The live view of a training: one progress bar, and one line for each epoch.
 
     Args:
+        steps: of an epoch.
         work: steps that are left, with validations counted in steps.
         validation_work: one validation, in steps.
         expected_s: an estimate of the time that is left, made before the first step.
@@ -309,12 +319,14 @@ class ProgressDisplay:
         epochs: int,
         monitor: str = "val_loss",
         *,
+        steps: int = 0,
         work: float = 0.0,
         validation_work: float = 0.0,
         expected_s: float | None = None,
     ) -> None:
         self.interval_s = DISPLAY_INTERVAL_S
         self._bar, self._epochs, self._monitor = bar, epochs, monitor
+        self._steps = steps
         self._work, self._validation_work = work, validation_work
         self._expected_s = expected_s
         self._timed_from: float | None = None  # the end of the first step, which warms up
@@ -397,6 +409,12 @@ class ProgressDisplay:
             f"{validation}{row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s{star}"
         )
 
+    def shorten(self, epochs: int) -> None:
+        """Show from now on that the training has `epochs` epochs, fewer than before."""
+        self._work -= (self._epochs - epochs) * (self._steps + self._validation_work)
+        self._epochs = epochs
+        self._bar.set_total(epochs * self._steps)
+
 
 @contextlib.contextmanager
 def progress_display(
@@ -423,6 +441,7 @@ def progress_display(
             bar,
             epochs,
             monitor,
+            steps=steps,
             work=work,
             validation_work=validation_work,
             expected_s=expected_s,

@@ -143,4 +143,22 @@ def test_numbers_beside_names_are_explained() -> None:
     assert unknown_classes("val", ["7"], ["1", "2"]).items == ["7"]
     assert unknown_classes("val", ["7", "x"], ["cat"]).items == ["7", "x"]
     assert not unknown_classes("val", [], ["cat"]).items
+    assert not unknown_classes("val", [], ["cat"]).fix
     assert unknown_classes("val", ["7"], []).items == ["7"]
+
+
+def test_similar_classes_of_another_split_can_be_renamed() -> None:
+    problem = unknown_classes("val", ["cat", "DOG", "wolf"], ["Cat", "dog"])
+    assert problem.items == ["cat (train has Cat)", "DOG (train has dog)", "wolf"]
+    assert problem.fix == (
+        """if they are the same classes: 'data.rename={"cat": "Cat", "DOG": "dog"}'"""
+    )
+    quoted = unknown_classes("val", ["cat"], ["Cat"], repr)
+    assert quoted.items == ["'cat' (train has 'Cat')"]
+    assert quoted.fix == """if it is the same class: 'data.rename={"cat": "Cat"}'"""
+    numbers = unknown_classes("val", ["12", "21"], ["00012", "2"])
+    assert numbers.items == ["12 (train has 00012)", "21"]
+    names = [f"class {letter}" for letter in "abcdefg"]
+    many = unknown_classes("val", [name.upper() for name in names], names)
+    assert many.fix.count('": "') == 5
+    assert many.fix.endswith("}' ...")

@@ -87,6 +87,18 @@ READINGS: dict[str, tuple[dict[str, int], list[str], Counts, list[str]]] = {
         {"train": PETS, "test": {"cats": 1}},
         ["splits: train is training_set/training_set, test is test_set/test_set"],
     ),
+    "splits in other languages": (
+        {
+            "train/cats": 3,
+            "train/dogs": 2,
+            "Validierung/cats": 1,
+            "Validierung/dogs": 1,
+            "datos de prueba/dogs": 1,
+        },
+        [],
+        {"train": PETS, "val": {"cats": 1, "dogs": 1}, "test": {"dogs": 1}},
+        ["splits: train is train, val is Validierung, test is datos de prueba"],
+    ),
     "capital letters": (
         {"Train_data/cats": 3, "Train_data/dogs": 2, "Test_data/dogs": 1},
         [],
@@ -277,6 +289,11 @@ SCENES = {"a/airfield": 2, "a/alcove": 1, "b/beach/indoor": 2, "b/beach/outdoor"
             {"cat": 2, "dog": 2, "test": 2},
             "could be splits or classes: test",
             ["data.layout=classes (3 classes: cat, dog, test)", "data.without=[test] (2 classes"],
+        ),
+        (
+            {"gato": 2, "perro": 2, "prueba": 2},
+            "could be splits or classes: prueba",
+            ["data.layout=classes (3 classes: gato, perro, prueba)", "data.without=[prueba]"],
         ),
         (
             {"train/steam": 1, "train/diesel": 1, "plane": 1, "car": 1},

@@ -208,8 +208,10 @@ def test_classes_that_are_left_out_are_not_checked(tmp_path: Path) -> None:
 def test_classes_are_renamed_before_the_splits_are_compared(tmp_path: Path) -> None:
     counts = {"train/cat": 2, "train/dog": 1, "val/Cat": 1, "val/dog": 1, "train/new": 0}
     root = str(write_class_folders(tmp_path / "x", counts))
-    with pytest.raises(DataError, match=r"'Cat' \(train has 'cat'\)"):
+    with pytest.raises(DataError, match=r"'Cat' \(train has 'cat'\)") as caught:
         find_source(root, choice=ClassChoice(without=("new",)))
+    offered = """if it is the same class: 'data.rename={"Cat": "cat"}'; or give each class"""
+    assert caught.value.fix.startswith(offered)
     lists = ListOptions(rename={"Cat": "cat"})
     # A class that is left out is not checked, and is named as it is called afterwards.
     source = find_source(root, choice=ClassChoice(without=("new",)), lists=lists)

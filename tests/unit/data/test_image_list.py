@@ -194,8 +194,11 @@ def test_a_renamed_class_fits_the_training_classes(images: Path) -> None:
         for i, n in enumerate(NAMES)
     )
     name = write_csv(images / "a.csv", text)
-    with pytest.raises(DataError, match="classes in val that train lacks: Cat"):
+    with pytest.raises(
+        DataError, match=r"classes in val that train lacks: Cat \(train has cat\)"
+    ) as e:
         find_source(name)
+    assert e.value.fix == """if it is the same class: 'data.rename={"Cat": "cat"}'"""
     source = find_source(name, lists=ListOptions(rename={"Cat": "cat"}))
     assert source.parts["val"].labels.tolist() == [0, 1]
     with pytest.raises(UsageError, match=r"data.rename: no class 'Dog'"):
@@ -439,3 +442,34 @@ def test_every_spelling_of_a_list_gives_the_same_images(
 def test_formulas_are_escaped_and_unescaped(cell: str, escaped: str) -> None:
     assert escape_csv_formula(cell) == escaped
     assert unescape_csv_formula(escaped) == cell
+
+
+def test_whole_numbers_with_decimals_are_the_numbers(images: Path) -> None:
+    """A column of floats: pandas writes it if a cell is empty."""
+    labels = ["0.0", "10.0", "2.0", "0.0", "10.0", "2.0"]
+    rows = list(zip(NAMES, labels, strict=False))
+    text = "path,label\n" + "".join(f"img/{name},{label}\n" for name, label in rows)
+    name = write_csv(images / "a.csv", text)
+    source = find_source(name)
+    assert source.classes == ("0", "2", "10")
+    assert source.parts["train"].labels.tolist() == [0, 2, 1, 0, 2, 1]
+    note = "labels are whole numbers with decimals: 0.0 is 0, 10.0 is 10, 2.0 is 2"
+    assert source.notes == (note,)
+    # Classes of an earlier version, and those that keys name, stay as they are.
+    known = LayoutOptions(known_classes=("0.0", "10.0", "2.0"))
+    assert find_source(name, layout=known).classes == known.known_classes
+    renamed = find_source(name, lists=ListOptions(rename={"0.0": "none"}))
+    assert renamed.classes == ("10.0", "2.0", "none")
+    assert find_source(name, choice=ClassChoice(only=("0", "2"))).classes == ("0", "2")
+    # One other value, and they are names.
+    write_csv(images / "a.csv", text + f"img/{NAMES[0]},0.5\n".replace(NAMES[0], "extra.png"))
+    write_image(images / "img" / "extra.png", 9)
+    assert find_source(name).classes == ("0.0", "0.5", "10.0", "2.0")
+
+
+def test_an_empty_label_beside_floats_is_missing(images: Path) -> None:
+    text = f"path,label\nimg/{NAMES[0]},1.0\nimg/{NAMES[1]},0.0\nimg/{NAMES[2]},\n"
+    name = write_csv(images / "a.csv", text)
+    with pytest.raises(DataError, match="lines without a label: line 4"):
+        find_source(name)
+    assert find_source(name, choice=ClassChoice(without=("",))).classes == ("0", "1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from scipy.io import savemat
 
 from convlens.data.list_columns import ListOptions
-from convlens.data.sources import find_source
+from convlens.data.sources import find_configured_source, find_source
 from convlens.data.types import DataSource
 from convlens.errors import DataError, UsageError
+from convlens.recipe import load_recipe
 from helpers.datasets import write_image
 
 
@@ -252,3 +254,211 @@ def test_other_files_of_matlab_are_named(root: Path) -> None:
     savemat(root / "imagelabels.mat", {"y": 1})
     with pytest.raises(DataError, match="has no variable 'labels', only y"):
         find_source(str(root))
+
+
+# Pascal VOC
+
+# Image -> classes, its split, and the class of which it shows difficult objects only.
+VOC: dict[str, tuple[list[str], str, str]] = {
+    "2008_000001": (["cat"], "train", ""),
+    "2008_000002": (["dog"], "train", ""),
+    "2008_000003": (["cat"], "train", "dog"),
+    "2008_000004": (["dog"], "val", ""),
+    "2008_000005": (["cat"], "val", ""),
+    "2008_000006": ([], "val", "cat"),
+    "2008_000007": ([], "train", "cat"),
+}
+
+
+def write_voc(root: Path, images: dict[str, tuple[list[str], str, str]]) -> None:
+    lists = root / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (root / "Annotations").mkdir()
+    write_image(root / "SegmentationClass" / "2008_000001.png")
+    for number, image in enumerate(images):
+        write_image(root / "JPEGImages" / f"{image}.jpg", number)
+        (root / "Annotations" / f"{image}.xml").write_text("<annotation/>")
+    for split in ("train", "val", "trainval"):
+        in_split = [image for image, found in images.items() if found[1] in split]
+        (lists / f"{split}.txt").write_text("".join(f"{image}\n" for image in in_split))
+        for name in ("cat", "dog"):
+            lines = []
+            for image in in_split:
+                classes, _, difficult = images[image]
+                flag = 1 if name in classes else 0 if name == difficult else -1
+                lines.append(f"{image} {flag:2}\n")
+            (lists / f"{name}_{split}.txt").write_text("".join(lines))
+
+
+def test_pascal_voc_is_read_if_each_image_shows_one_class(root: Path) -> None:
+    write_voc(root / "VOCdevkit" / "VOC2012", VOC)
+    source = find_source(str(root))
+    folder = "VOC2012/JPEGImages"
+    assert labels_by_id(source) == {
+        "train": {
+            f"{folder}/2008_000001.jpg": "cat",
+            f"{folder}/2008_000002.jpg": "dog",
+            f"{folder}/2008_000003.jpg": "cat",
+        },
+        "val": {f"{folder}/2008_000004.jpg": "dog", f"{folder}/2008_000005.jpg": "cat"},
+    }
+    assert source.notes == (
+        "read from the lists of 2 classes in ImageSets/Main",
+        "2 images without a class in these lists are left out",
+    )
+
+
+def test_pascal_voc_with_several_classes_says_which_command_reads_one_of_them(root: Path) -> None:
+    write_voc(root, {**VOC, "2008_000008": (["cat", "dog"], "train", "")})
+    with pytest.raises(DataError) as caught:
+        find_source(str(root))
+    assert caught.value.what == (
+        "Pascal VOC is a multi-label set: 1 of 8 images show several of 2 classes (2008_000008: "
+        "cat, dog); convlens trains single-label classifiers"
+    )
+    _, *words = shlex.split(caught.value.fix.partition(": convlens ")[2])
+    recipe = load_recipe("folder", [f"data.name={words[0]}", *words[1:]])
+    source = find_configured_source(recipe.data)
+    # Images with a difficult cat are no examples of either.
+    assert labels_by_id(source) == {
+        "train": {
+            "../../JPEGImages/2008_000001.jpg": "cat",
+            "../../JPEGImages/2008_000002.jpg": "other",
+            "../../JPEGImages/2008_000003.jpg": "cat",
+            "../../JPEGImages/2008_000008.jpg": "cat",
+        },
+        "val": {
+            "../../JPEGImages/2008_000004.jpg": "other",
+            "../../JPEGImages/2008_000005.jpg": "cat",
+        },
+    }
+
+
+def test_two_years_of_pascal_voc_are_not_two_classes(root: Path) -> None:
+    for year in ("VOC2007", "VOC2012"):
+        write_voc(root / year, VOC)
+    with pytest.raises(DataError, match="2 data sets: VOC2007, VOC2012") as caught:
+        find_source(str(root))
+    assert caught.value.fix == f"name one of them, e.g. {root / 'VOC2012'}"
+    for path in (root / "VOC2012" / "ImageSets" / "Main").glob("*_*.txt"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"no lists of classes, such as cat_train.txt"):
+        find_source(str(root / "VOC2012"))
+
+
+# ILSVRC as on Kaggle
+
+
+def write_ilsvrc(root: Path) -> Path:
+    images = root / "ILSVRC" / "Data" / "CLS-LOC"
+    for name in ("n01", "n02"):
+        write_image(images / "train" / name / f"{name}_1.JPEG", 1)
+        write_image(images / "train" / name / f"{name}_2.JPEG", 2)
+        (root / "ILSVRC" / "Annotations" / "CLS-LOC" / "train" / name).mkdir(parents=True)
+    rows = ["ImageId,PredictionString"]
+    for number in (1, 2):
+        image = f"ILSVRC2012_val_{number:08}"
+        write_image(images / "val" / f"{image}.JPEG", number)
+        rows.append(f"{image},{f'n0{3 - number} 1 2 3 4 ' * number}")
+    write_image(images / "test" / "ILSVRC2012_test_00000001.JPEG")
+    (root / "LOC_val_solution.csv").write_text("\n".join(rows))
+    (root / "LOC_train_solution.csv").write_text("ImageId,PredictionString\nn01_1,n01 1 2 3 4\n")
+    (root / "LOC_synset_mapping.txt").write_text("n01 tench, Tinca tinca\nn02 goldfish\n")
+    (root / "ILSVRC" / "ImageSets" / "CLS-LOC").mkdir(parents=True)
+    (root / "ILSVRC" / "ImageSets" / "CLS-LOC" / "val.txt").write_text("ILSVRC2012_val_1 1\n")
+    return images
+
+
+def test_ilsvrc_of_kaggle_has_the_labels_of_its_validation_images_in_a_table(root: Path) -> None:
+    images = write_ilsvrc(root)
+    source = find_source(str(root))
+    folder = "ILSVRC/Data/CLS-LOC"
+    assert labels_by_id(source) == {
+        "train": {f"{folder}/train/{n}/{n}_{i}.JPEG": n for n in ("n01", "n02") for i in (1, 2)},
+        "val": {
+            f"{folder}/val/ILSVRC2012_val_00000001.JPEG": "n02",
+            f"{folder}/val/ILSVRC2012_val_00000002.JPEG": "n01",
+        },
+    }
+    assert source.notes == (
+        "train is read from its class folders, val from LOC_val_solution.csv",
+        f"{folder}/test is not used: its images have no labels",
+    )
+    # Its parts say what to name instead.
+    with pytest.raises(DataError) as caught:
+        find_source(str(root / "LOC_val_solution.csv"))
+    assert caught.value.fix == f"name the folder of the data set: {root}"
+    with pytest.raises(DataError) as caught:
+        find_source(str(root / "ILSVRC"))
+    assert f"name {root} (also val" in caught.value.fix
+    assert f"{images} (the training images" in caught.value.fix
+    assert labels_by_id(find_source(str(images)))["train"].keys() == {
+        f"train/{n}/{n}_{i}.JPEG" for n in ("n01", "n02") for i in (1, 2)
+    }
+
+
+def test_ilsvrc_without_the_labels_of_validation_is_explained(root: Path) -> None:
+    images = write_ilsvrc(root)
+    (root / "LOC_val_solution.csv").write_text(
+        "ImageId,PredictionString\na,n01 1 2 3 4 n02 1 2 3 4"
+    )
+    with pytest.raises(DataError, match="a has 2 classes: n01, n02"):
+        find_source(str(root))
+    (root / "LOC_val_solution.csv").write_text("id,label\na,n01")
+    with pytest.raises(DataError, match="columns ImageId and PredictionString"):
+        find_source(str(root))
+    (root / "LOC_val_solution.csv").unlink()
+    with pytest.raises(DataError) as caught:
+        find_source(str(root))
+    assert caught.value.fix == f"name {images} (the training images, in class folders)"
+
+
+# RAF-DB
+
+
+def write_raf(root: Path, kinds: dict[str, str]) -> Path:
+    """Write six images of each of `kinds`, which have that ending."""
+    lines = []
+    for number in range(1, 7):
+        name = f"{'train' if number < 5 else 'test'}_{number:05}"
+        for kind, ending in kinds.items():
+            write_image(root / "Image" / kind / f"{name}{ending}.jpg", number)
+        lines.append(f"{name}.jpg {number % 2 + 4}\n")
+    path = root / "EmoLabel" / "list_patition_label.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(lines))
+    box = root / "Annotation" / "boundingbox" / "train_00001_boundingbox.txt"
+    box.parent.mkdir(parents=True)
+    box.write_text("1.0 2.0 3.0 4.0\n")
+    return path
+
+
+RAF_NAMES = "classes are the numbers of RAF-DB: 4 is happiness, 5 is sadness"
+
+
+def test_the_aligned_images_of_raf_have_other_names_than_in_its_list(root: Path) -> None:
+    path = write_raf(root / "basic", {"aligned": "_aligned"})
+    source = find_source(str(root))
+    assert labels_by_id(source) == {
+        "train": {f"Image/aligned/train_{n:05}_aligned.jpg": str(n % 2 + 4) for n in range(1, 5)},
+        "test": {f"Image/aligned/test_{n:05}_aligned.jpg": str(n % 2 + 4) for n in (5, 6)},
+    }
+    read = "read from EmoLabel/list_patition_label.txt with the images in Image/"
+    assert source.notes == (f"{read}aligned", RAF_NAMES)
+    with pytest.raises(DataError, match=r"files that do not exist: train_00001\.jpg") as caught:
+        find_source(str(path))
+    assert caught.value.fix == f"name the folder of the data set: {root / 'basic'}"
+
+
+def test_the_original_images_of_raf_are_read_if_there_are_no_aligned_ones(root: Path) -> None:
+    write_raf(root, {"original": ""})
+    source = find_source(str(root))
+    assert set(labels_by_id(source)["test"]) == {f"Image/original/test_{n:05}.jpg" for n in (5, 6)}
+    for number in range(1, 7):
+        name = f"{'train' if number < 5 else 'test'}_{number:05}"
+        write_image(root / "Image" / "aligned" / f"{name}_aligned.jpg")
+    both = find_source(str(root))
+    assert set(labels_by_id(both)["test"]) == {
+        f"Image/aligned/test_{n:05}_aligned.jpg" for n in (5, 6)
+    }
+    assert "Image/original is not read" in both.notes[1]

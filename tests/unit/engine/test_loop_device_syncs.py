@@ -200,6 +200,9 @@ class FailingBar:
     def advance(self, amount: int = 1, text: str | None = None) -> None:
         raise AssertionError("numbers that have not arrived were displayed")
 
+    def set_total(self, total: int) -> None:
+        raise AssertionError("the training is not shortened")
+
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_recipe_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,6 +324,9 @@ def count_records_on_gpu(config: Recipe, plan: Plan) -> int:
 
 class SilentBar:
     def advance(self, amount: int = 1, text: str | None = None) -> None:
+        pass
+
+    def set_total(self, total: int) -> None:
         pass
 
 

@@ -230,6 +230,28 @@ def test_the_average_equals_a_slow_reference() -> None:
     same(live, dict(model.state_dict()))
 
 
+def test_the_average_of_a_part_is_that_of_the_whole_if_the_rest_does_not_change() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    whole, part = optim.EMA(model, 0.5), optim.EMA(model, 0.5, trained=model[2])
+    for _ in range(3):
+        with torch.no_grad():
+            model[2].weight.mul_(1.3)
+            model[2].bias.add_(0.1)
+        whole.update()
+        part.update()
+    assert part.state()["steps"] == 3
+    for one, other in zip(whole.state()["average"], part.state()["average"], strict=True):
+        assert torch.equal(one, other)
+    with optim.averaged_weights(part):
+        averaged = model[2].weight.clone()
+    assert not torch.equal(averaged, model[2].weight)
+    # What does not belong to the part is not averaged.
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    part.update()
+    assert not torch.equal(part.state()["average"][0], model[0].weight)
+
+
 def test_a_small_decay_is_used_unchanged() -> None:
     model = nn.Linear(1, 1, bias=False)
     with torch.no_grad():

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,43 @@ def test_the_best_option_that_fits_is_chosen(
     assert (choice.option, choice.epochs, choice.fits) == (option, epochs, fits)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "option", "fits"),
+    [
+        # 200 stored features. A head of 100 px takes 6.68 s, one of 200 px 11.72 s, four times as
+        # much beside the constant part; 4 of 9 epochs of training at 100 px 7.78 s.
+        (6.6, HEAD, False),
+        (7.7, HEAD, True),
+        (7.8, replace(SMALL, min_share=0.4), True),
+    ],
+)
+def test_a_head_has_the_largest_images_that_fit(seconds: float, option: Option, fits: bool) -> None:
+    heads = [HEAD, replace(HEAD, image_size=200)]
+    trained = replace(SMALL, min_share=0.4)
+    choice = choose([*heads, trained], IMAGES, SPEED, seconds, usual_epochs=9)
+    assert (choice.option, choice.fits) == (option, fits)
+    # Where a step takes ten times as long, a head of larger images fits first.
+    slow = replace(SPEED, train=1e-2)
+    for seconds, size in ((11.5, 100), (11.8, 200), (18.0, 200)):
+        choice = choose([*heads, trained], IMAGES, slow, seconds, usual_epochs=9)
+        assert (choice.option, choice.fits) == (replace(HEAD, image_size=size), True)
+
+
+def test_with_few_images_a_head_on_larger_ones_is_better_than_a_training_on_small_ones() -> None:
+    options = [HEAD, replace(HEAD, image_size=200), SMALL, replace(LARGE, min_share=1.0)]
+
+    def choice(seconds: float, enough: float, options: list[Option] = options) -> Option:
+        chosen = choose(options, IMAGES, SPEED, seconds, usual_epochs=20, enough_epochs=enough)
+        return chosen.option
+
+    assert choice(20.0, 20.0) == SMALL
+    assert choice(20.0, 100.0) == SMALL  # 20% are the usual 20 epochs, which fit
+    assert choice(20.0, 101.0) == options[1]
+    assert choice(300.0, 101.0) == options[3]  # the usual training
+    # Without a head there is nothing else.
+    assert choice(20.0, 101.0, options[2:]) == SMALL
+
+
 def test_the_epochs_of_the_recipe_stay() -> None:
     for seconds, option, fits in ((100.0, LARGE, True), (9.0, SMALL, True), (6.0, SMALL, False)):
         choice = choose([SMALL, LARGE], IMAGES, SPEED, seconds, usual_epochs=9, fixed_epochs=5)
@@ -145,8 +183,9 @@ def test_what_a_recipe_leaves_open_decides_the_options() -> None:
         found = time_budget.options_for(requested, start, native, 192, decoded)
         return [(each.image_size, each.crop_size, each.head_only) for each in found]
 
+    heads = [(size, None, True) for size in (128, 160, 192, 224)]
     trained = [(128, 96, False), (160, 112, False), (192, 144, False), (224, 160, False)]
-    assert options() == [(128, None, True), *trained]
+    assert options() == [*heads, *trained]
     assert options("model.trainable=layer4+") == trained
     assert options("train.epochs=3") == trained
     assert options("augment=[]") == [(each[0], None, False) for each in trained]
@@ -311,8 +350,10 @@ def test_a_slow_training_is_shortened_and_continued_with_the_same_bits(
     assert whole.metadata()["shortened"] == [{"after": 1, "epochs": 2}]
     assert whole.metadata()["epochs"] == 2
     planned = whole.recipe().train.epochs
+    printed = capsys.readouterr().err
     message = f"slower than expected: 2 instead of {planned} epochs fit into 1 minute"
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(printed.split())
+    assert re.findall(r"^epoch +(\d+/\d+)", printed, re.M) == [f"1/{planned}", "2/2"]
     # The first of two steps continues the schedule, the second is halfway to its end.
     halfway = optim.build_schedule(recipe.optim)((1 + 1 / planned) / 2)
     assert float(whole.metrics()[-1]["lr"]) == pytest.approx(0.01 * halfway)

@@ -161,9 +161,13 @@ class DelayedStep:
 class RecordingBar:
     def __init__(self) -> None:
         self.moves: list[tuple[int, str | None]] = []
+        self.totals: list[int] = []
 
     def advance(self, amount: int = 1, text: str | None = None) -> None:
         self.moves.append((amount, text))
+
+    def set_total(self, total: int) -> None:
+        self.totals.append(total)
 
 
 def test_a_message_is_printed_once_within_a_scope(capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,6 +266,40 @@ def test_progress_display_shows_numbers_when_they_have_arrived() -> None:
     assert (amount, next_amount) == (3, 1)
     assert text is not None
     assert text.startswith("epoch 1/3  loss 0.250  accuracy 75.0%")
+
+
+def test_a_shortened_training_shows_its_new_length(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now)
+    bar = RecordingBar()
+    # 5 epochs of 100 steps and a validation that takes as long as 10.
+    display = ProgressDisplay(bar, 5, steps=100, work=550.0, validation_work=10.0)
+    display.interval_s = math.inf
+    display.shorten(3)
+    assert bar.totals == [300]
+    now += 30.0  # the first step warms up
+    for _ in range(20):
+        display.step(DelayedStep())
+        now += 2.0
+    # 330 steps, of which 324 are left after 6 of them: 648 s.
+    assert capsys.readouterr().err.splitlines() == ["about 11 min left, by the first steps"]
+    row = {"epoch": 1.0, "train_loss": 1.0, "train_accuracy": 0.5, "val_accuracy": math.nan}
+    display.epoch({**row, "images_per_second": 10.0, "seconds": 2.0}, 1)
+    assert capsys.readouterr().err.startswith("epoch   1/3 ")
+
+
+def test_the_total_of_a_bar_can_change() -> None:
+    seen: list[tuple[object, ...]] = []
+    with (
+        console.listen_to_progress(lambda *progress: seen.append(progress)),
+        console.progress_bar("training", 10, shown=False) as bar,
+    ):
+        bar.advance(2)
+        bar.set_total(6)
+        bar.advance(4)
+    assert seen == [("training", 2, 10), ("training", 6, 6)]
 
 
 def test_listener_gets_the_progress_of_all_bars_and_can_stop_the_work() -> None:
