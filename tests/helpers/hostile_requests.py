@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -121,6 +121,17 @@ def _body_of(endpoint: Any) -> type[RequestBody] | None:
         if isinstance(value, type) and issubclass(value, RequestBody):
             return value
     return None
+
+
+def _share(values: Sequence[Any], number: int, of: int) -> Sequence[Any]:
+    """Return the values for one of many routes, so that each value is sent to at least eight.
+
+    Args:
+        number: of the route.
+        of: number of routes.
+    """
+    step = max(1, of // 8)
+    return values[number % step :: step]
 
 
 def valid_body(model: type[RequestBody]) -> dict[str, Any]:
@@ -244,21 +255,21 @@ SEARCHED_LATER = {("/api/try/top-images", "layer")}
 
 def unknown_ids(routes: list[RouteFacts]) -> Iterator[Case]:
     """Ids that the server has not handed out, or for something else, in every field for one."""
-    for route in routes:
-        if route.body is None:
-            continue
-        for name, info in route.body.model_fields.items():
-            is_list = info.annotation == list[str]
-            if not info.is_required() or info.annotation not in (str, list[str]):
-                continue
-            if name in FREE_TEXT or (route.path, name) in SEARCHED_LATER:
-                continue
-            valid = valid_body(route.body)
-            known = valid[name][0] if is_list else valid[name]
-            for text in IDS:
-                if text == known:
-                    continue
-                value = [text, known] if is_list else text
+    fields = [
+        (route, name, info.annotation)
+        for route in routes
+        if route.body is not None
+        for name, info in route.body.model_fields.items()
+        if info.is_required() and info.annotation in (str, list[str])
+        if name not in FREE_TEXT and (route.path, name) not in SEARCHED_LATER
+    ]
+    for number, (route, name, annotation) in enumerate(fields):
+        assert route.body is not None
+        valid = valid_body(route.body)
+        known = valid[name][0] if annotation == list[str] else valid[name]
+        for text in _share(IDS, number, len(fields)):
+            if text != known:
+                value = [text, known] if annotation == list[str] else text
                 body = _json({**valid, name: value})
                 yield Case(f"{route.path} {name}={text[:30]!r}", 400, target=route.path, body=body)
 
@@ -338,62 +349,67 @@ WRONG_TOKENS: tuple[dict[str, str | None], ...] = (
     {"X-Forwarded-For": "127.0.0.1", "Forwarded": "for=127.0.0.1"},
     {"Referer": "http://{host}/?token={token}"},
 )
+WRONG_QUERIES = (
+    "token=",
+    "token={token-prefix}",
+    "token={token}x",
+    "Token={token}",
+    "token=wrong&token={token}",
+    "token[]={token}",
+    "token%00={token}",
+    "{token}",
+)
 
 
-def _requests(routes: list[RouteFacts]) -> Iterator[tuple[str, str]]:
-    """Yield each path of a server with each method that it knows, and one that is unknown."""
-    for route in routes:
-        for method in sorted(route.methods - {"HEAD"}):
-            yield method, route.target()
-    yield "GET", "/nothing"
+def _requests(routes: list[RouteFacts]) -> list[tuple[str, str]]:
+    """Return each path of a server with each method that it knows, and one that is unknown."""
+    known = [(method, route.target()) for route in routes for method in sorted(route.methods)]
+    return [("GET", "/nothing"), *((method, path) for method, path in known if method != "HEAD")]
+
+
+def _with_share(
+    routes: list[RouteFacts], values: Sequence[Any], method: str = ""
+) -> Iterator[tuple[str, str, Any]]:
+    """Yield method, path and value: for each request some of the values, together all of them."""
+    requests = [each for each in _requests(routes) if method in ("", each[0])]
+    for number, (found, path) in enumerate(requests):
+        for value in _share(values, number, len(requests)):
+            yield found, path, value
 
 
 def wrong_hosts(routes: list[RouteFacts]) -> Iterator[Case]:
     """Names of other hosts, as after DNS rebinding."""
-    for method, target in _requests(routes):
-        for host in WRONG_HOSTS:
-            headers = {"Host": host, "Origin": None}
-            yield Case(f"{method} {target} Host: {host}", 421, method, target, headers)
-        headers = {"Host": "evil.example", "X-Forwarded-Host": "{host}", "Origin": None}
-        yield Case(f"{method} {target} forwarded", 421, method, target, headers)
+    for method, path, host in _with_share(routes, WRONG_HOSTS):
+        headers = {"Host": host, "X-Forwarded-Host": "{host}", "Origin": None}
+        yield Case(f"{method} {path} Host: {host}", 421, method, path, headers)
 
 
 def wrong_origins(routes: list[RouteFacts]) -> Iterator[Case]:
     """Requests that other pages cause (CSRF)."""
-    for method, target in _requests(routes):
-        for headers in WRONG_ORIGINS:
-            yield Case(f"{method} {target} {headers}", 403, method, target, headers)
+    for method, path, headers in _with_share(routes, WRONG_ORIGINS):
+        yield Case(f"{method} {path} {headers}", 403, method, path, headers)
 
 
 def missing_origins(routes: list[RouteFacts]) -> Iterator[Case]:
     """Changes that do not say from which page they come; only where a browser logs in."""
-    for method, target in _requests(routes):
-        if method == "GET":
-            continue
+    for method, path in _requests(routes):
         for referer in (None, "http://{host}/try"):
-            headers = {"Origin": None, "Referer": referer}
-            yield Case(f"{method} {target} Referer: {referer}", 403, method, target, headers)
+            if method != "GET":
+                headers = {"Origin": None, "Referer": referer}
+                yield Case(f"{method} {path} Referer: {referer}", 403, method, path, headers)
 
 
 def wrong_tokens(routes: list[RouteFacts]) -> Iterator[Case]:
     """Tokens that are missing, wrong, or somewhere else."""
-    for method, target in _requests(routes):
-        for headers in WRONG_TOKENS:
-            changed = {"Cookie": None, **headers}
-            yield Case(f"{method} {target} {str(headers)[:60]}", 401, method, target, changed)
-        for query in (
-            "token=",
-            "token={token-prefix}",
-            "token={token}x",
-            "Token={token}",
-            "token=wrong&token={token}",
-            "token%00={token}",
-            "{token}",
-        ):
-            name = f"{method} {target}?{query}"
-            yield Case(name, 401, method, f"{target}?{query}", {"Cookie": None})
+    for method, path, headers in _with_share(routes, WRONG_TOKENS):
+        name = f"{method} {path} {str(headers)[:60]}"
+        yield Case(name, 401, method, path, {"Cookie": None, **headers})
+    for method, path, query in _with_share(routes, WRONG_QUERIES):
+        url = f"{path}?{query}"
+        yield Case(f"{method} {url}", 401, method, url, {"Cookie": None})
+    for method, path in _requests(routes):
         if method != "GET":
-            url = f"{target}?token={{token}}"
+            url = f"{path}?token={{token}}"
             yield Case(f"{method} {url}", 401, method, url, {"Cookie": None})
 
 
@@ -410,32 +426,25 @@ def wrong_methods(routes: list[RouteFacts]) -> Iterator[Case]:
 
 def long_requests(routes: list[RouteFacts]) -> Iterator[Case]:
     """URLs, headers and bodies that are too large, and bodies where there is none."""
-    for method, target in _requests(routes):
-        for name, url in (
-            ("long query", f"{target}?name={'y' * 5000}"),
-            ("many parameters", f"{target}?{'a=1&' * 2000}"),
-            ("long path", f"{target}/{'9' * 5000}"),
-            ("long path, encoded", f"{target}/{'%39' * 5000}"),
-        ):
-            yield Case(f"{method} {target} {name}", 414, method, url)
-        yield Case(f"{method} {target} 1000 headers", 431, method, target, _many(1000, "y"))
-        yield Case(f"{method} {target} large headers", 431, method, target, _many(90, "y" * 1200))
-        headers = {"X": "y" * 100_000}
-        yield Case(f"{method} {target} header of 100 kB", 431, method, target, headers)
+    large: tuple[tuple[str, str, dict[str, str | None], int], ...] = (
+        ("long query", f"?name={'y' * 5000}", {}, 414),
+        ("many parameters", f"?{'a=1&' * 2000}", {}, 414),
+        ("long path", f"/{'9' * 5000}", {}, 414),
+        ("long path, encoded", f"/{'%39' * 5000}", {}, 414),
+        ("1000 headers", "", {f"X-{number}": "y" for number in range(1000)}, 431),
+        ("headers of 100 kB", "", {f"X-{number}": "y" * 1200 for number in range(90)}, 431),
+        ("header of 100 kB", "", {"X": "y" * 100_000}, 431),
+    )
+    for method, path, (name, more, headers, status) in _with_share(routes, large):
+        yield Case(f"{method} {path} {name}", status, method, path + more, headers)
+    for method, path in _requests(routes):
         if method == "GET":
-            for name, more in (
-                ("length", {"Content-Length": "5"}),
-                ("chunks", {"Transfer-Encoding": "chunked"}),
-            ):
-                yield Case(f"GET {target} body with {name}", 400, method, target, more)
-        else:
-            for length in (str(33 << 20), str(10**15), "9" * 19):
-                headers = {"Content-Length": length}
-                yield Case(f"{method} {target} length {length}", 413, method, target, headers)
-
-
-def _many(count: int, value: str) -> dict[str, str | None]:
-    return {f"X-{number}": value for number in range(count)}
+            for body in ({"Content-Length": "5"}, {"Transfer-Encoding": "chunked"}):
+                yield Case(f"GET {path} {body}", 400, method, path, body)
+            continue
+        for length in (str((32 << 20) + 1), str(10**15), "9" * 19):
+            headers = {"Content-Length": length}
+            yield Case(f"{method} {path} length {length}", 413, method, path, headers)
 
 
 def malformed(routes: list[RouteFacts]) -> Iterator[Case]:
@@ -469,33 +478,30 @@ def malformed(routes: list[RouteFacts]) -> Iterator[Case]:
         ("folded first header", b"GET / HTTP/1.1\r\n folded\r\n" + host + b"\r\n"),
     ):
         yield Case(name, 400, raw=raw)
-    for method, target in _requests(routes):
-        if method != "POST":
-            continue
-        start = b"POST " + target.encode() + b" HTTP/1.1\r\n" + host
-        start += b"Origin: http://{host}\r\nConnection: close\r\n"
-        for line, status in (
-            (b"Content-Length: -1", 400),
-            (b"Content-Length: +5", 400),
-            (b"Content-Length: 0x5", 400),
-            (b"Content-Length: 5e0", 400),
-            (b"Content-Length: 5 5", 400),
-            (b"Content-Length: 5, 6", 400),
-            (b"Content-Length: \xb2", 400),
-            (b"Content-Length:", 400),
-            (b"Content-Length: " + b"9" * 30, 400),
-            (b"Content-Length: 5\r\nContent-Length: 6", 400),
-            (b"Content-Length: 5\r\nTransfer-Encoding: chunked", 400),
-            (b"Transfer-Encoding: chunked\r\nContent-Length: 0", 400),
-            (b"Transfer-Encoding: gzip", 501),
-            (b"Transfer-Encoding: identity", 501),
-            (b"Transfer-Encoding: xchunked", 501),
-            (b"Transfer-Encoding: gzip, chunked", 501),
-            (b"Transfer-Encoding: chunked, identity", 501),
-            (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", 501),
-        ):
-            raw = start + line + b"\r\n\r\nhello"
-            yield Case(f"{target} {line.decode('latin-1')}", status, raw=raw)
+    lines = (
+        (b"Content-Length: -1", 400),
+        (b"Content-Length: +5", 400),
+        (b"Content-Length: 0x5", 400),
+        (b"Content-Length: 5e0", 400),
+        (b"Content-Length: 5 5", 400),
+        (b"Content-Length: 5, 6", 400),
+        (b"Content-Length: \xb2", 400),
+        (b"Content-Length:", 400),
+        (b"Content-Length: " + b"9" * 30, 400),
+        (b"Content-Length: 5\r\nContent-Length: 6", 400),
+        (b"Content-Length: 5\r\nTransfer-Encoding: chunked", 400),
+        (b"Transfer-Encoding: chunked\r\nContent-Length: 0", 400),
+        (b"Transfer-Encoding: gzip", 501),
+        (b"Transfer-Encoding: identity", 501),
+        (b"Transfer-Encoding: xchunked", 501),
+        (b"Transfer-Encoding: gzip, chunked", 501),
+        (b"Transfer-Encoding: chunked, identity", 501),
+        (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", 501),
+    )
+    for _, path, (line, status) in _with_share(routes, lines, "POST"):
+        raw = b"POST " + path.encode() + b" HTTP/1.1\r\n" + host
+        raw += b"Origin: http://{host}\r\n" + line + b"\r\n\r\nhello"
+        yield Case(f"{path} {line.decode('latin-1')}", status, raw=raw)
 
 
 BAD_CHUNKS = {
@@ -512,23 +518,82 @@ BAD_CHUNKS = {
 def bad_chunks(routes: list[RouteFacts]) -> Iterator[Case]:
     """Chunked bodies that break off."""
     headers = {"Content-Length": None, "Transfer-Encoding": "chunked", "Connection": None}
-    for method, target in _requests(routes):
-        if method == "POST":
-            for name, chunks in BAD_CHUNKS.items():
-                yield Case(f"{target} {name}", 400, method, target, headers, chunks)
+    for method, path, name in _with_share(routes, tuple(BAD_CHUNKS), "POST"):
+        yield Case(f"{path} {name}", 400, method, path, headers, BAD_CHUNKS[name])
+
+
+# -- multipart --------------------------------------------------------------------------------
+
+FORM = "multipart/form-data; boundary=x"
+PART = b'--x\r\nContent-Disposition: form-data; name="a"'
+FILE_PART = PART + b'; filename="a.png"\r\n\r\n'
+END = b"\r\n--x--\r\n"
+
+
+def bad_multipart(routes: list[RouteFacts]) -> Iterator[Case]:
+    """Forms that are damaged, too large, or have no files; and compressed bodies."""
+    good = FILE_PART + b"1" + END
+    for name, body, kind, status in (
+        ("no boundary", good, "multipart/form-data", 400),
+        ("no boundary, other type", good, "multipart/x-mixed-replace", 400),
+        ("empty boundary", good, "multipart/form-data; boundary=", 400),
+        ("other boundary", good, "multipart/form-data; boundary=y", 400),
+        ("half a quote", good, 'multipart/form-data; boundary="', 400),
+        ("boundary of 60 kB", good, "multipart/form-data; boundary=" + "y" * 60_000, 400),
+        ("boundary in a charset", good, "multipart/form-data; boundary*=utf-8''x", 400),
+        ("bytes as the boundary", good, "multipart/form-data; boundary=\xff\xfe", 400),
+        ("charset undefined", good, FORM + "; charset=undefined", 400),
+        ("nothing", b"", FORM, 400),
+        ("text", b"hello", FORM, 400),
+        ("only the end", b"--x--\r\n", FORM, 400),
+        ("cut in a header", FILE_PART[:30], FORM, 400),
+        ("cut in a file", FILE_PART + b"1", FORM, 400),
+        ("UTF-16", good.decode().encode("utf-16"), FORM, 400),
+        ("text before", b"hello" + good, FORM, 400),
+        ("no disposition", b"--x\r\nA: b\r\n\r\n1" + END, FORM, 400),
+        ("no header", b"--x\r\n\r\n1" + END, FORM, 400),
+        ("no name", b"--x\r\nContent-Disposition: form-data\r\n\r\n1" + END, FORM, 400),
+        ("not a file", PART + b"\r\n\r\n1" + END, FORM, 400),
+        ("name in a charset", PART + b"; filename*=undefined''a\r\n\r\n1" + END, FORM, 400),
+        ("markup as a name", PART.replace(b'"a"', b'"<script>"') + b"\r\n\r\n1" + END, FORM, 400),
+        ("nested", PART + b"\r\nContent-Type: multipart/mixed\r\n\r\n" + good, FORM, 400),
+        ("header of 1 MB", PART + b"y" * (1 << 20) + b"\r\n\r\n1" + END, FORM, 400),
+        ("1000 headers", PART + b"\r\nA: b" * 1000 + b"\r\n\r\n1" + END, FORM, 400),
+        ("field of 2 MB", PART + b"\r\n\r\n" + bytes(2 << 20) + END, FORM, 400),
+        ("5000 fields", (PART + b"\r\n\r\n1\r\n") * 5000 + END, FORM, 400),
+        ("65 files", (FILE_PART + b"1\r\n") * 65 + END, FORM, 413),
+        ("5000 files", (FILE_PART + b"1\r\n") * 5000 + END, FORM, 413),
+    ):
+        yield Case(name, status, "POST", "/predict", {"Content-Type": kind}, body)
+    for coding in ("gzip", "deflate", "br", "zstd", "identity, gzip", "x", ""):
+        headers: dict[str, str | None] = {"Content-Encoding": coding}
+        yield Case(f"coding {coding}", 415, "POST", "/predict", headers, good)
 
 
 # -- JSON -------------------------------------------------------------------------------------
 
 
+OTHER_TYPES = (
+    None,
+    "",
+    "text/plain",
+    "text/html",
+    "application/x-www-form-urlencoded",
+    "multipart/form-data; boundary=x",
+    "application/jsonp",
+    "text/plain; application/json",
+    "application/json, text/plain",
+)
+
+
 def bad_json(routes: list[RouteFacts]) -> Iterator[Case]:
     """Bodies that are not the JSON objects that were asked for."""
-    for route in routes:
-        if route.body is None:
-            continue
+    with_body = [route for route in routes if route.body is not None]
+    for number, route in enumerate(with_body):
+        assert route.body is not None
         valid = _json(valid_body(route.body))
         first = json.dumps(next(iter(route.body.model_fields))).encode()
-        for name, body, status in (
+        bodies = (
             ("form", b"run=small&image=x", 400),
             ("cut", valid[:-1], 400),
             ("array", b"[]", 400),
@@ -561,19 +626,10 @@ def bad_json(routes: list[RouteFacts]) -> Iterator[Case]:
             ("gzip", b"\x1f\x8b\x08\0" + valid, 400),
             ("pickle", b"cposix\nsystem\n(S'touch hacked'\ntR.", 400),
             ("1 MB", b"{" + first + b':"' + b"y" * MAX_JSON_BYTES + b'"}', 413),
-        ):
+        )
+        for name, body, status in _share(bodies, number, len(with_body)):
             yield Case(f"{route.path} {name}", status, target=route.path, body=body)
-        for kind in (
-            None,
-            "",
-            "text/plain",
-            "text/html",
-            "application/x-www-form-urlencoded",
-            "multipart/form-data; boundary=x",
-            "application/jsonp",
-            "text/plain; application/json",
-            "application/json, text/plain",
-        ):
+        for kind in _share(OTHER_TYPES, number, len(with_body)):
             headers = {"Content-Type": kind}
             yield Case(f"{route.path} type {kind}", 415, "POST", route.path, headers, valid)
 
@@ -649,5 +705,6 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
         long_requests,
         malformed,
         bad_chunks,
+        bad_multipart,
     ),
 }
