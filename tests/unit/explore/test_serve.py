@@ -206,6 +206,7 @@ def test_multipart_bodies_that_are_damaged_or_too_many_are_refused(service: str)
         (good, "multipart/form-data; boundary=other", 400, ""),
         (good[:40], content_type, 400, ""),
         (b"nothing", content_type, 400, ""),
+        (good, f"{content_type}; charset=undefined", 400, "damaged"),
         (nameless, content_type, 400, "needs a filename"),
         (empty, content_type, 400, "no files"),
         (many, content_type, 413, "more than 64 images"),
