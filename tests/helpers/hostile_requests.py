@@ -7,6 +7,7 @@ table of routes and the fields of their bodies, so a new route is covered withou
 from __future__ import annotations
 
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,10 +49,10 @@ class RouteFacts:
     methods: frozenset[str]
     body: type[RequestBody] | None
 
-    def target(self, value: str = "x") -> str:
-        """Return its path with a value for all parameters."""
-        parts = self.path.split("/")
-        return "/".join(value if part.startswith("{") else part for part in parts)
+    def target(self, value: str = "x", number: str = "0") -> str:
+        """Return its path with a value for all parameters, and one for those that are numbers."""
+        path = re.sub(r"{\w+:int}", number, self.path)
+        return re.sub(r"{\w+}", lambda _: value, path)
 
 
 @dataclass(frozen=True)
@@ -189,23 +190,25 @@ def _encoded(text: str) -> Iterator[tuple[str, str]]:
 
 def traversal(routes: list[RouteFacts]) -> Iterator[Case]:
     """Files outside of those that are served, as every parameter of a path and as the path."""
-    prefixes = [("GET", "/"), ("GET", "/static/"), ("GET", "/models/")]
+    paths = [("GET", "/{}"), ("GET", "/static/{}"), ("GET", "/models/{}")]
     for route in routes:
         if "{" in route.path:
-            prefix = route.path[: route.path.index("{")]
-            prefixes += [(method, prefix) for method in sorted(route.methods & {"GET", "DELETE"})]
-    for method, prefix in dict.fromkeys(prefixes):
+            methods = sorted(route.methods & {"GET", "DELETE"})
+            paths += [(method, route.target("{}")) for method in methods]
+    for method, path in dict.fromkeys(paths):
         for text in FILES:
             for how, target in _encoded(text):
-                yield Case(f"{method} {prefix} {text!r} {how}", 404, method, prefix + target)
+                yield Case(
+                    f"{method} {path} {text!r} {how}", 404, method, path.replace("{}", target)
+                )
         for target in OVERLONG:
-            yield Case(f"{method} {prefix} {target}", 404, method, prefix + target)
+            yield Case(f"{method} {path} {target}", 404, method, path.replace("{}", target))
     for target in ("//etc/passwd", "http://{host}/etc/passwd", "*", "/%00", "/../../etc/passwd"):
         yield Case(f"target {target}", 404, "GET", target)
     for route in routes:
         if ":int}" in route.path:
             for number in ("-1", "1.5", "1e9", "0x1", "NaN", "%EF%BC%91", "%2b1", "1%00"):
-                yield Case(f"{route.path} {number}", 404, "GET", route.target(number))
+                yield Case(f"{route.path} {number}", 404, "GET", route.target(number=number))
 
 
 IDS = (
