@@ -16,6 +16,7 @@ import re
 import signal
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -306,7 +307,8 @@ def test_bytes_after_a_request_are_not_a_part_of_it(server: Server) -> None:
         second = read_reply(connection)
         assert (first.status, second.status) == (200, 400)
         assert problem_of(Case("second", 400), second) == ""
-        assert connection.recv(1) == b""
+        with contextlib.suppress(ConnectionError):  # a reset
+            assert connection.recv(1) == b""
     check_alive(server)
 
 
@@ -330,8 +332,9 @@ def test_more_connections_than_allowed_are_closed(server: Server) -> None:
             stack.enter_context(server.connect())
         assert server.ask("GET", "/healthz").status in (503, 0)
         assert len(list(files.iterdir())) < 2 * MAX_CONNECTIONS + 150
-    while server.ask("GET", "/nothing").status != 404:  # it still closes them
-        pass
+    end = time.monotonic() + WAIT_SECONDS
+    while server.ask("GET", "/nothing").status != 404 and time.monotonic() < end:
+        time.sleep(0.05)  # it still closes them
     check_alive(server)
 
 

@@ -137,7 +137,8 @@ def _finite(content: Any) -> Any:
 
 def error_handlers() -> dict[Any, Callable[[Request, Exception], Awaitable[Response]]]:
     """Return the handlers of an application that answer with errors as data."""
-    return dict.fromkeys(EXPECTED_ERRORS, _answer_with_error) | {Exception: _answer_to_bug}
+    expected = dict.fromkeys(EXPECTED_ERRORS, _answer_with_error)
+    return {**expected, Exception: _answer_to_bug}
 
 
 async def _answer_with_error(request: Request, error: Exception) -> Response:
