@@ -245,9 +245,10 @@ class ImpatientProtocol(H11Protocol):
         self._impatience = self.loop.call_later(HEADER_SECONDS, self._check_progress)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer a request that is not HTTP with an error as data, and close the connection.
+        """Answer bytes that are not HTTP with an error as data, and close the connection.
 
-        uvicorn would fail here if the request has been answered before its end, which is wrong.
+        Nothing can be sent if they end a request that has been answered already, e.g. a body that
+        was refused. uvicorn would try, and fail with a traceback.
         """
         error = sys.exc_info()[1]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
