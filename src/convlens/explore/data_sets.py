@@ -117,7 +117,7 @@ async def _run_of(request: Request, set_id: str) -> OpenedRun | None:
     if kind == RUN:
         return await web.open_run(request, name)
     workspace = workspace_of(request)
-    if kind != SET or not name.isdecimal() or int(name) >= len(workspace.data_names):
+    if kind != SET or name not in map(str, range(len(workspace.data_names))):
         raise UsageError("no such data set on this page", fix="reload the page")
     return None
 

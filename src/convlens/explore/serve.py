@@ -19,14 +19,13 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from convlens.errors import ConvlensError
 from convlens.explore import openapi, security, web
 from convlens.explore.batching import Batcher, Room
-from convlens.explore.security import Access, Guard, Limits, refuse
+from convlens.explore.security import Access, Guard, Limits
 from convlens.explore.server import check_host, listen, run_server, url_of
 from convlens.utils.console import print_status
 
@@ -80,12 +79,7 @@ def make_service_app(
             Route("/openapi.json", _openapi, methods=["GET"]),
         ],
         middleware=[Middleware(Guard, access=access, limits=limits)],
-        exception_handlers={
-            HTTPException: _handle_error,
-            ClientDisconnect: _handle_disconnect,
-            ConvlensError: _handle_error,
-            MemoryError: _handle_out_of_memory,
-        },
+        exception_handlers=web.error_handlers(),
     )
     app.router.redirect_slashes = False
     app.state.service = service
@@ -154,7 +148,7 @@ async def _split(request: Request, content: bytes) -> list[InputImage]:
     parser = _InMemoryParser(request.headers, stream(), max_files=MAX_IMAGES + 1, max_fields=8)
     try:
         form = await parser.parse()
-    except (MultiPartException, FormParserError) as error:
+    except (MultiPartException, FormParserError, UnicodeError) as error:  # also an odd charset
         if "Too many files" in str(error):
             raise _too_many() from error
         raise HTTPException(400, f"the multipart body is damaged: {error}") from error
@@ -182,18 +176,6 @@ async def _health(request: Request) -> JSONResponse:
 async def _openapi(request: Request) -> JSONResponse:
     service: Service = request.app.state.service
     return JSONResponse(service.description)
-
-
-async def _handle_error(request: Request, error: Exception) -> Response:
-    return web.error_response(error)
-
-
-async def _handle_out_of_memory(request: Request, error: Exception) -> Response:
-    return refuse(503, "out of memory", "send a smaller image")
-
-
-async def _handle_disconnect(request: Request, error: Exception) -> Response:
-    return Response(status_code=400)  # nobody reads it
 
 
 def serve(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -29,7 +30,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from convlens.errors import ConvlensError, ResourceError, UsageError
 from convlens.explore import security, web
 from convlens.explore.data_sets import data_routes
-from convlens.explore.jobs import Job, JobCancelled, started_jobs
+from convlens.explore.jobs import Job, started_jobs
 from convlens.explore.judge import judge_routes
 from convlens.explore.labels import labels_routes
 from convlens.explore.security import Access, Guard, Limits
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 WARM_UP_AFTER_S = 0.7  # a page that is open by then has asked for its model already
-HEADER_SECONDS = 10.0  # until a connection has sent a complete request
+HEADER_SECONDS = 10.0  # until a connection has sent the headers of its next request
+MAX_CONNECTIONS = 256  # above it, requests are refused; above twice that, connections are closed
 SHUTDOWN_SECONDS = 3  # until requests that are being answered are cut off
 MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
@@ -88,9 +90,7 @@ def make_app(workspace: Workspace, access: Access, limits: Limits | None = None)
     app = Starlette(
         routes=routes,
         middleware=[Middleware(Guard, access=access, limits=limits)],
-        exception_handlers=dict.fromkeys(
-            (ConvlensError, JobCancelled, HTTPException), _handle_error
-        ),
+        exception_handlers=web.error_handlers(),
         lifespan=_lifespan,
     )
     app.router.redirect_slashes = False
@@ -116,15 +116,6 @@ def _warm_up(workspace: Workspace) -> None:
     with contextlib.suppress(ResourceError):  # the server is stopping
         # Errors are left to the requests for this run.
         workspace.jobs.quick.submit(open_first, title="opening the model")
-
-
-async def _handle_error(request: Request, error: Exception) -> Response:
-    return web.error_response(error)
-
-
-async def _handle_bug(request: Request, error: Exception) -> Response:
-    """Answer with an error as data; uvicorn prints the traceback."""
-    return security.refuse(500, "this failed unexpectedly; the terminal shows why")
 
 
 # -- pages ------------------------------------------------------------------------------------
@@ -220,22 +211,64 @@ def _find_job(request: Request) -> Job:
 
 
 class ImpatientProtocol(H11Protocol):
-    """HTTP/1.1 that closes connections which take too long to send their first headers.
+    """HTTP/1.1 that closes connections of clients which are slow, too many, or do not read.
 
-    uvicorn only limits the time between two requests.
+    uvicorn only limits the time between two requests, and a single byte ends it. So it would wait
+    for ever for the rest of a header, and for the rest of a body that it has refused.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._impatience = self.loop.call_later(HEADER_SECONDS, self._close_if_idle)
+        self._unsent = 0
+        self._impatience = self.loop.call_later(HEADER_SECONDS, self._check_progress)
+        if len(self.connections) > 2 * MAX_CONNECTIONS:  # before there are no more file handles
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._impatience.cancel()
         super().connection_lost(exc)
 
-    def _close_if_idle(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+    def on_response_complete(self) -> None:
+        # The next request has as much time as the first one. It may be complete already, and then
+        # it is in work when the time has passed.
+        self._impatience.cancel()
+        self._impatience = self.loop.call_later(HEADER_SECONDS, self._check_progress)
+        super().on_response_complete()
+
+    def _check_progress(self) -> None:
+        """Close the connection if no request is in work, or the client does not read answers."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and unsent == self._unsent:
+            self.transport.abort()
+            return
+        if not unsent and (self.cycle is None or self.cycle.response_complete):
             self.transport.close()
+            return
+        self._unsent = unsent
+        self._impatience = self.loop.call_later(HEADER_SECONDS, self._check_progress)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are not HTTP with an error as data, and close the connection.
+
+        Nothing can be sent if they end a request that has been answered already, e.g. a body that
+        was refused. uvicorn would try, and fail with a traceback.
+        """
+        error = sys.exc_info()[1]
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            status = getattr(error, "error_status_hint", 400)
+            answer = security.refuse(status, "this is not a valid HTTP request")
+            headers = [*answer.raw_headers, (b"connection", b"close")]
+            headers += [(k.encode(), v.encode()) for k, v in security.SECURITY_HEADERS.items()]
+            for event in (
+                h11.Response(status_code=status, headers=headers),
+                h11.Data(data=bytes(answer.body)),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None:  # whoever reads the body must not answer as well
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()
 
 
 class ExploreServer(uvicorn.Server):
@@ -354,8 +387,8 @@ def server_config(app: Starlette, shutdown_seconds: int = SHUTDOWN_SECONDS) -> u
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=shutdown_seconds,
-        h11_max_incomplete_event_size=64 << 10,
-        limit_concurrency=256,
+        h11_max_incomplete_event_size=security.MAX_HEADER_BYTES,
+        limit_concurrency=MAX_CONNECTIONS,
     )
 
 

@@ -494,6 +494,7 @@ async def show_nearest(request: Request) -> JSONResponse:
     body = await read_json(request, ImageBody)
     workspace = workspace_of(request)
     opened = await web.open_run(request, body.run)
+    workspace.image(body.image)  # an unknown one must not start work
     long, key = workspace.jobs.long, f"nearest-{opened.id}"
     job = long.running_or_waiting(key)
     if job is None and "nearest" not in opened.results:

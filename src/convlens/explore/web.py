@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
 
 from convlens.errors import (
     ConvlensError,
@@ -20,13 +20,15 @@ from convlens.errors import (
     UsageError,
 )
 from convlens.explore.jobs import Job, JobCancelled, WorkQueue, result_of
-from convlens.explore.security import refuse
+from convlens.explore.security import Answer, refuse
 from convlens.explore.workspace import OpenedRun, Workspace
 
 if TYPE_CHECKING:
     import numpy as np
 
 MAX_JSON_BYTES = 1 << 20
+MAX_NAME_SHOWN = 100  # characters of the name of an unknown key in an error message
+MAX_TEXT = 4096  # characters of a text in it, unless its field has another limit
 LOSSLESS_PIXELS = 128 * 128  # images up to this size are sent without loss
 STATUS_OF_ERROR: dict[type[ConvlensError], int] = {
     UsageError: 400,
@@ -34,12 +36,14 @@ STATUS_OF_ERROR: dict[type[ConvlensError], int] = {
     ModelFileError: 422,
     ResourceError: 503,
 }
+# Errors that a request can cause. Another one is a bug.
+EXPECTED_ERRORS = (ConvlensError, JobCancelled, HTTPException, ClientDisconnect, MemoryError)
 
 
 class RequestBody(BaseModel):
     """Base class of the JSON bodies of requests: types are strict and unknown keys are refused."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid", str_max_length=MAX_TEXT)
 
 
 Body = TypeVar("Body", bound=RequestBody)
@@ -78,7 +82,7 @@ async def read_json(request: Request, model: type[Body]) -> Body:
         return model.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "body"
+        where = ".".join(map(str, first["loc"]))[:MAX_NAME_SHOWN] or "body"
         raise HTTPException(400, f"{where}: {first['msg']}") from None
     except RecursionError:
         raise HTTPException(400, "the body is nested too deeply") from None
@@ -120,7 +124,7 @@ def start(queue: WorkQueue, function: Callable[[Job], Any], key: str, title: str
 
 def answer(content: Any, status: int = 200) -> JSONResponse:
     """Return JSON; NaN and infinity, which it cannot represent, become null."""
-    return JSONResponse(_finite(content), status_code=status)
+    return Answer(_finite(content), status_code=status)
 
 
 def _finite(content: Any) -> Any:
@@ -129,6 +133,21 @@ def _finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def error_handlers() -> dict[Any, Callable[[Request, Exception], Awaitable[Response]]]:
+    """Return the handlers of an application that answer with errors as data."""
+    expected = dict.fromkeys(EXPECTED_ERRORS, _answer_with_error)
+    return {**expected, Exception: _answer_to_bug}
+
+
+async def _answer_with_error(request: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+async def _answer_to_bug(request: Request, error: Exception) -> Response:
+    """Answer with an error as data; uvicorn prints the traceback."""
+    return refuse(500, "this failed unexpectedly; the terminal shows why")
 
 
 def error_response(error: Exception) -> JSONResponse:
@@ -141,6 +160,10 @@ def error_response(error: Exception) -> JSONResponse:
         return refuse(409, "a newer request has replaced this one, or it was cancelled")
     if isinstance(error, HTTPException):
         return refuse(error.status_code, str(error.detail))
+    if isinstance(error, ClientDisconnect):
+        return refuse(400, "the connection was closed")  # nobody reads it
+    if isinstance(error, MemoryError):
+        return refuse(503, "out of memory", "send a smaller image")
     if isinstance(error, ConvlensError):
         status = next((s for kind, s in STATUS_OF_ERROR.items() if isinstance(error, kind)), 500)
         # No path of this machine: the page may be shown to others.

@@ -217,6 +217,8 @@ class Workspace:
                 continue
             known.add(path.resolve())
             name = path.stem if path.is_file() else path.resolve().name
+            # Bytes of a name that are not text cannot be shown, and no request can contain them.
+            name = name.encode("utf-8", "backslashreplace").decode()
             unique, number = name, 2
             while unique in self._paths:
                 unique, number = f"{name}-{number}", number + 1

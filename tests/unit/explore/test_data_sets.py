@@ -52,7 +52,8 @@ def test_sets_are_those_of_runs_and_of_the_command(page: Page) -> None:
         {"id": SET, "name": "photos"},
         {"id": RUN, "name": "data of small"},
     ]
-    for unknown in ("set:1", "set:-1", "set:x", "photos", "", "run:nope", "run:../x", "/etc"):
+    numbers = ("set:1", "set:-1", "set:00", "set:+0", "set:\u0660", "set:" + "9" * 4000, "set:x")
+    for unknown in (*numbers, "photos", "", "run:nope", "run:../x", "/etc"):
         assert page.send("/api/data/open", {"set": unknown}).status_code == 400
 
 

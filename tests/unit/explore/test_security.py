@@ -54,10 +54,35 @@ def test_redirect_stays_on_this_server(path: str) -> None:
     assert "\\" not in answer.headers["location"]
 
 
+@pytest.mark.parametrize("token", ["a;b, c", 'quote " and \\ backslash', "plain-token_1"])
+def test_cookie_with_any_token_is_accepted_as_the_browser_returns_it(token: str) -> None:
+    access = Access(token, cookie="convlens-1")
+    answer = client(access).get("/", params={"token": token})
+    cookie = answer.headers["set-cookie"].split("; HttpOnly")[0]
+    name, _, value = cookie.partition("=")
+    others = "convlens-2=x; convlens-1=old"
+    for sent, status in (
+        (cookie, 200),
+        (f"{others}; {cookie}", 200),
+        (f"{cookie};{others}", 200),
+        (f"{name}={value}x", 401),
+        (f"{name}={value[:-1]}", 401),
+        (f"x{name}={value}", 401),
+        (value, 401),
+        (name, 401),
+    ):
+        assert client(access).get("/try", headers={"cookie": sent}).status_code == status, sent
+
+
 @pytest.mark.parametrize("token", ["", "wrong", TOKEN[:-1], TOKEN + "x", "\u017ftoken"])
 def test_wrong_tokens_are_refused(token: str) -> None:
     assert client().get("/try", params={"token": token}).status_code == 401
     assert client().get("/", headers={"authorization": f"Bearer {token!a}"}).status_code == 401
+
+
+@pytest.mark.parametrize("scheme", ["", "bearer ", "Basic ", "Bearer  "])
+def test_token_without_its_scheme_is_refused(scheme: str) -> None:
+    assert client().get("/", headers={"authorization": f"{scheme}{TOKEN}"}).status_code == 401
 
 
 def test_bearer_token_is_accepted_without_an_origin() -> None:
@@ -67,7 +92,18 @@ def test_bearer_token_is_accepted_without_an_origin() -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:8000", "192.168.0.1", ""],
+    [
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example:8000",
+        "192.168.0.1",
+        "",
+        "localhost:abc",
+        "localhost:80:80",
+        "localhost/evil.example",
+        "[::1].evil.example",
+        "[::1",
+    ],
 )
 def test_other_host_names_are_refused(host: str) -> None:
     assert logged_in().get("/", headers={"host": host}).status_code == 421
@@ -140,6 +176,29 @@ def test_large_bodies_are_refused_with_and_without_a_length() -> None:
     assert visitor.post("/", content=chunks, headers=headers).status_code == 413
     huge = {**headers, "content-length": "9" * 30}
     assert visitor.post("/", content=b"x", headers=huge).status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("GET", "/" + "9" * 5000, {}, 414),
+        ("POST", "/?a=" + "b" * 5000, {}, 414),
+        ("GET", "/", {f"x-{number}": "y" for number in range(200)}, 431),
+        ("GET", "/", {"x": "y" * 70_000}, 431),
+        ("GET", "/", {"content-length": "1"}, 400),
+        ("GET", "/", {"transfer-encoding": "chunked"}, 400),
+        ("POST", "/", {"content-length": "1", "transfer-encoding": "chunked"}, 400),
+    ],
+    ids=lambda each: str(each)[:20],
+)
+def test_requests_that_are_long_or_unclear_are_refused(
+    method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    # Also without the token: nothing else is looked at before.
+    for visitor in (client(), logged_in()):
+        answer = visitor.request(method, path, headers={"origin": URL, **headers})
+        assert answer.status_code == status
+        assert set(answer.json()) == {"error", "where", "fix"}
 
 
 def run_guard(scope: dict[str, Any], receive: Any, limits: Limits) -> list[int]:

@@ -29,8 +29,15 @@ from starlette.testclient import TestClient
 from convlens import model_export
 from convlens.explore.batching import Room
 from convlens.explore.security import Access
-from convlens.explore.serve import MAX_BODY_BYTES, MAX_IMAGES, make_service_app, open_service
+from convlens.explore.serve import (
+    MAX_BODY_BYTES,
+    MAX_IMAGES,
+    OPEN_PATHS,
+    make_service_app,
+    open_service,
+)
 from helpers.commands import DIGITS, brightness_model, here
+from helpers.hostile_requests import routes_of, wrong_tokens
 from helpers.paths import REPOSITORY
 from helpers.serving_models import multipart, png, running_service
 
@@ -206,6 +213,7 @@ def test_multipart_bodies_that_are_damaged_or_too_many_are_refused(service: str)
         (good, "multipart/form-data; boundary=other", 400, ""),
         (good[:40], content_type, 400, ""),
         (b"nothing", content_type, 400, ""),
+        (good, f"{content_type}; charset=undefined", 400, "damaged"),
         (nameless, content_type, 400, "needs a filename"),
         (empty, content_type, 400, "no files"),
         (many, content_type, 413, "more than 64 images"),
@@ -391,6 +399,26 @@ def test_container_needs_the_token_and_finishes_requests_after_sigterm(tmp_path:
         assert answer.startswith(b"HTTP/1.1 200")
         assert b'"label":"light"' in answer
         assert process.wait(timeout=60) == 0
+
+
+def test_wrong_tokens_are_refused_on_every_route() -> None:
+    token = "a-token-of-this-test"
+    nothing: Any = None
+    app = make_service_app(nothing, Access(token, bearer_only=True, open_paths=OPEN_PATHS))
+    ids = {"token": token, "token-prefix": token[:-1], "cookie": "convlens", "host": "127.0.0.1"}
+
+    def filled(text: str) -> str:
+        return re.sub(r"{([a-z-]+)}", lambda match: ids[match[1]], text)
+
+    client = TestClient(app, raise_server_exceptions=False)
+    count = 0
+    for case in wrong_tokens(routes_of(app)):
+        headers = {name: filled(value) for name, value in case.headers.items() if value is not None}
+        answer = client.request(case.method, filled(case.target), headers=headers)
+        is_open = case.target.partition("?")[0] in OPEN_PATHS
+        assert answer.status_code == (200 if is_open else 401), case.name
+        count += not is_open
+    assert count > 100
 
 
 def wait_until_refused(port: int) -> None:

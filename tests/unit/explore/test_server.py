@@ -31,6 +31,7 @@ from convlens.explore.server import (
 )
 from helpers.commands import environment
 from helpers.exploring import TOKEN, Page, running_page
+from helpers.hostile_clients import read_reply
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
@@ -183,6 +184,61 @@ def test_hostile_bytes_and_slow_clients_are_cut_off_and_the_server_lives(
             assert b"Traceback" not in answer
         good = b"GET /try HTTP/1.1\r\n" + host + cookie + b"Connection: close\r\n\r\n"
         assert ask_by_socket(address, good).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_connection_has_as_little_time_for_its_second_request(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convlens.explore.server.HEADER_SECONDS", 0.3)
+    app = make_app(page.workspace, Access(TOKEN, cookie="c"))
+    refused = b"POST /try HTTP/1.1\r\nHost: evil.example\r\nContent-Length: 999\r\n\r\n"
+    asked = b"GET /try HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with listening_server(app) as address:
+        for begin, status in ((asked + asked[:-2], 401), (refused, 421)):
+            with socket.create_connection(address, timeout=20) as connection:
+                connection.sendall(begin)
+                assert read_reply(connection).status == status
+                # Each byte would start the limit of uvicorn again.
+                with contextlib.suppress(ConnectionError):
+                    while True:
+                        connection.sendall(b"X: y\r\n")
+                        connection.settimeout(0.05)
+                        with contextlib.suppress(TimeoutError):
+                            assert connection.recv(1) == b""
+                            break
+
+
+def test_bytes_that_are_not_http_after_an_answer_close_the_connection(
+    page: Page, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app(page.workspace, Access(TOKEN, cookie="c"))
+    head = b"POST /try HTTP/1.1\r\nHost: evil.example\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with (
+        listening_server(app) as address,
+        socket.create_connection(address, timeout=20) as connection,
+    ):
+        connection.sendall(head)
+        assert read_reply(connection).status == 421
+        connection.sendall(b"not a size\r\n")
+        assert connection.recv(1) == b""
+    assert caplog.records == []  # asyncio would log that the protocol has failed
+
+
+def test_connections_above_the_limit_are_closed(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convlens.explore.server.MAX_CONNECTIONS", 2)
+    app = make_app(page.workspace, Access(TOKEN, cookie="c"))
+    ask = b"GET /try HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with listening_server(app) as address:
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                stack.enter_context(socket.create_connection(address, timeout=20))
+            with contextlib.suppress(ConnectionError):  # a reset
+                assert ask_by_socket(address, ask) == b""
+        while (answer := ask_by_socket(address, ask)).startswith(b"HTTP/1.1 503"):
+            pass  # the others are being closed
+        assert answer.startswith(b"HTTP/1.1 401")
 
 
 def test_server_runs_beside_the_event_loop_of_a_notebook(page: Page) -> None:

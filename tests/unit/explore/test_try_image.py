@@ -160,6 +160,12 @@ def test_large_maps_are_averaged_over_blocks() -> None:
     assert try_image._shrink(tokens).shape == (3, 1, 50)
 
 
+def test_unknown_images_start_no_work(page: Page) -> None:
+    refused = page.send("/api/try/nearest", {"run": "small", "image": "unknown"})
+    assert (refused.status_code, refused.json()["error"]) == (400, "the server has no such image")
+    assert not page.workspace.jobs.long.is_busy
+
+
 def test_nearest_training_images_are_those_of_the_library(page: Page) -> None:
     body = {"run": "small", "image": upload(page)}
     shown = waited(page, "nearest", body)

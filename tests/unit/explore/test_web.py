@@ -3,10 +3,11 @@ from __future__ import annotations
 import math
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from convlens.errors import DataError, ModelFileError, ResourceError, UsageError
 from convlens.explore.jobs import JobCancelled
-from convlens.explore.web import MAX_JSON_BYTES, answer, error_response
+from convlens.explore.web import MAX_JSON_BYTES, MAX_TEXT, answer, error_response
 from helpers.exploring import URL, Page
 
 
@@ -20,6 +21,8 @@ from helpers.exploring import URL, Page
         (b'{"run": "small"}', "application/json", 400),
         (b'{"run": "small", "image": "x", "more": 1}', "application/json", 400),
         (b'{"run": "\xff"}', "application/json", 400),
+        (b'{"run": "%b"}' % (b"x" * (MAX_TEXT + 1)), "application/json", 400),
+        (b'{"run": "small", "image": "x", "%b": 1}' % (b"x" * 9999), "application/json", 400),
         (b"[" * 100_000, "application/json", 400),
         (b" " * (MAX_JSON_BYTES + 1), "application/json", 413),
         (b"run=small&image=x", "application/x-www-form-urlencoded", 415),
@@ -32,7 +35,7 @@ def test_bad_json_is_refused_with_a_reason(
     headers = {"origin": URL, "content-type": media_type}
     refused = page.client.post("/api/try/predict", content=content, headers=headers)
     assert refused.status_code == status
-    assert refused.json()["error"]
+    assert 0 < len(refused.json()["error"]) < 300
 
 
 def test_errors_are_data_without_paths() -> None:
@@ -42,6 +45,8 @@ def test_errors_are_data_without_paths() -> None:
         (ModelFileError("no"), 422),
         (ResourceError("no"), 503),
         (JobCancelled(), 409),
+        (ClientDisconnect(), 400),
+        (MemoryError(), 503),
     ):
         response = error_response(error)
         assert response.status_code == status
@@ -52,3 +57,8 @@ def test_errors_are_data_without_paths() -> None:
 
 def test_numbers_that_json_cannot_represent_become_null() -> None:
     assert answer({"a": [1.5, math.nan, (math.inf,)]}).body == b'{"a":[1.5,null,[null]]}'
+
+
+def test_names_that_are_not_utf8_are_escaped() -> None:
+    assert answer({"a": "\udcff\u00e9<"}).body == b'{"a":"\\udcff\\u00e9<"}'
+    assert error_response(UsageError("no class \udcff")).status_code == 400

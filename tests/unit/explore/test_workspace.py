@@ -37,6 +37,14 @@ def test_unknown_runs_are_an_error_with_close_matches(jobs: Jobs) -> None:
     assert "brightness" in caught.value.fix
 
 
+def test_runs_whose_names_are_not_utf8_have_ids_that_can_be_sent(jobs: Jobs) -> None:
+    Path("models/a\udcff").mkdir(parents=True)
+    Path("models/a\udcff/run.json").write_text("{}")
+    workspace = Workspace([], jobs)
+    assert workspace.run_ids() == ["a\\udcff"]
+    assert workspace.path("a\\udcff").name == "a\udcff"
+
+
 def test_runs_that_start_later_appear(jobs: Jobs) -> None:
     workspace = Workspace([], jobs)
     assert workspace.run_ids() == []
