@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convlens import recipe
 from convlens.cli.results import _print_duplicates, stdout_console
 from convlens.data.duplicates import DuplicateGroup, Duplicates
 from helpers.commands import DIGITS, NET, here, pictures
@@ -104,16 +103,6 @@ def test_notes_on_the_data_are_printed_once_by_each_command() -> None:
     assert done.err.count(copies) == 1
     audited = here("audit", root).out.splitlines()
     assert audited[0].startswith(summary)
-
-
-def test_recipes_lists_and_prints_every_recipe() -> None:
-    table = here("recipes").out
-    for name in recipe.recipe_names():
-        assert name in table
-        assert here("recipes", name).out == recipe.recipe_text(name)
-    assert here("recipes", "digits", "--json").json == recipe.load_recipe("digits").model_dump(
-        mode="json"
-    )
 
 
 def test_names_that_contain_markup_are_printed_verbatim() -> None:

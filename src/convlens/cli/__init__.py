@@ -21,7 +21,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
-from convlens.cli import analyze, explore, info, look, serve, train, weights
+from convlens.cli import analyze, explore, info, look, recipes, serve, train, weights
 from convlens.cli.common import Figures, app
 from convlens.errors import ConvlensError, Diverged, ResourceError, Stopped, UsageError
 from convlens.utils import options, process
@@ -37,6 +37,7 @@ __all__ = [
     "info",
     "look",
     "main",
+    "recipes",
     "run",
     "serve",
     "train",

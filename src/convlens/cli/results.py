@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # these import torch, which `convlens recipes` must not wait 
     from convlens.evaluation import Evaluation
     from convlens.model_export import Export
     from convlens.prediction import Prediction, PredictionColumns
-    from convlens.recipe import Recipe
     from convlens.reports.build import Report
     from convlens.run import RunDir
 
@@ -105,18 +104,6 @@ def _print_plots_folder(out: Console, run_dir: RunDir) -> None:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
-
-
-def print_recipes(recipes: Mapping[str, Recipe], variants: Mapping[str, Sequence[str]]) -> None:
-    """Print the name and purpose of every recipe and its number of variants."""
-    table = make_table("recipe", "data")
-    table.add_column("what it is", justify="left")
-    for name, recipe in recipes.items():
-        count = len(variants[name])
-        more = f"; {count} variants" if count else ""
-        table.add_row(name, recipe.data.name, escape(recipe.about + more))
-    stdout_console().print(table)
-    print_status("[dim]`convlens recipes NAME` prints a recipe, `convlens train NAME` trains it[/]")
 
 
 def print_audit(report: Audit, sheet: Path) -> None:

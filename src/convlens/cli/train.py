@@ -1,4 +1,4 @@
-"""Commands for models and data: `train evaluate predict export audit augment shard recipes`.
+"""Commands for models and data: `train evaluate predict export audit augment shard`.
 
 Also the table of several runs (variants, splits, seeds, folds) that `train` prints.
 """
@@ -443,37 +443,6 @@ def shard(
     if not as_json:
         print_shards(written)
     print_json(as_json, written.to_dict())
-
-
-@app.command(cls=Command)
-def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Recipe to print.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List the recipes, or print one of them as a recipe file.
-
-    Examples:
-        convlens recipes
-        convlens recipes mnist > mine.yaml
-        convlens recipes mnist --json
-    """
-    from convlens.cli.results import print_recipes
-    from convlens.recipe import load_recipe, recipe_names, recipe_text, variants
-
-    if name is not None:
-        text = recipe_text(name)
-        if as_json:
-            content = load_recipe(name).model_dump(mode="json")
-            of_recipe = variants(name)
-            print_json(True, content | ({"variants": of_recipe} if of_recipe else {}))
-        else:
-            sys.stdout.write(text)
-        return
-    loaded = {each: load_recipe(each) for each in recipe_names()}
-    if as_json:
-        print_json(True, {each: recipe.about for each, recipe in loaded.items()})
-    else:
-        print_recipes(loaded, {each: list(variants(each)) for each in loaded})
 
 
 def _raise_if_flawed(report: Audit) -> None:
