@@ -6,8 +6,9 @@ import math
 import re
 
 import pytest
+from typer.main import get_command
 
-from convlens.cli.common import OTHER_NAMES, PANELS, print_json, split_commas
+from convlens.cli.common import OTHER_NAMES, PANELS, app, print_json, split_commas
 from helpers.commands import here, refused
 
 
@@ -43,6 +44,24 @@ def test_help_has_one_example_per_line_and_no_type_tags(
     assert "[dim]" not in done.out
 
 
+def test_help_explains_every_option_and_argument_and_lists_rare_ones_last() -> None:
+    for name in (name for names in PANELS.values() for name in names):
+        command = get_command(app).commands[name]  # type: ignore[attr-defined]
+        for each in command.params:
+            assert each.hidden or each.help.endswith((".", "...")), f"{name} {each.name}"
+        titles = [line for line in here(name, "-h").out.splitlines() if line.startswith("╭─")]
+        assert titles[-1].startswith("╭─ Options ─")
+
+
+def test_options_of_train_are_grouped_by_question() -> None:
+    out = here("train", "-h").out
+    titles = ["This run", "Earlier runs", "Several runs", "Options"]
+    positions = [out.index(f"╭─ {title} ─") for title in titles]
+    assert positions == sorted(positions)
+    assert out.index("│ --fresh") < out.index("│ --seeds") < out.index("│ --figures")
+    assert "--json" not in here("predict", "-h").out, "--format json does the same"
+
+
 @pytest.mark.parametrize(
     ("typed", "parts"),
     [
@@ -59,7 +78,7 @@ def test_help_has_one_example_per_line_and_no_type_tags(
         ("evaluate x --epochs 3", ["no such option: --epochs\n", "evaluate -h` lists the opt"]),
         ("train digits --seeds many", ["invalid value for '--seeds': ", "train -h"]),
         ("train digits --name", ["'--name' requires an argument", "COMMAND -h"]),
-        ("train", ["missing argument 'RECIPE|FILE.yaml|DATA'\n"]),
+        ("train", ["missing argument 'DATA|RECIPE|FILE.yaml'\n"]),
         ("trian digits", ["no such command 'trian' (did you mean train?)", "-h` lists the comm"]),
         ("data digits", ["no such command 'data' (did you mean audit or augment or shard?)"]),
         ("doctor mine", ["no such command 'doctor' (did you mean diagnose?)"]),

@@ -155,7 +155,7 @@ def _print_help(command: Any, ctx: Any) -> None:
     _print_panel(
         console, "Arguments", [(each.metavar or "", each.help or "") for each in arguments]
     )
-    panels: dict[str, list[tuple[str, str]]] = {"Options": []}
+    panels: dict[str, list[tuple[str, str]]] = {}
     for option in visible:
         if isinstance(option, typer.core.TyperOption):
             panel = getattr(option, "rich_help_panel", None) or "Options"
@@ -166,7 +166,7 @@ def _print_help(command: Any, ctx: Any) -> None:
             text = inspect.cleandoc(command.get_command(ctx, name).help or "")
             summary = " ".join(text.partition("\n\n")[0].split())
             panels.setdefault(panel_of.get(name, "Other"), []).append((name, summary))
-        panels["Options"] = panels.pop("Options")  # last, since they are rarely needed
+    panels["Options"] = panels.pop("Options", [])  # last, since they are rarely needed
     for title, rows in panels.items():
         _print_panel(console, title, rows)
 
@@ -258,45 +258,50 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-DATA_HELP = "Built-in name, folder, CSV file or other list, or the name of a folder under data/."
+DATA_HELP = (
+    "Images: a folder with one sub-folder per class, a list of images (CSV and others), shards, a "
+    "built-in set (digits, shapes, mnist, cifar10 ...), or the name of a folder under data/."
+)
+DEVICE_HELP = "cpu, cuda, cuda:1 or mps. Default: the fastest one."
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 HostOption = Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")]
 DeviceOption = Annotated[
     str | None,
-    typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 or mps; by default the fastest one."),
+    typer.Option(metavar="DEVICE", help=DEVICE_HELP),
 ]
 Split = Annotated[
     str | None,
     typer.Option(
         metavar="test|val|train",
-        help="Split to evaluate; by default test, or all images of DATA if it has no splits.",
+        help="Images to use. Default: test, or all images of DATA if it has no splits.",
     ),
 ]
 TtaOption = Annotated[
     str | None,
     typer.Option(
         metavar="VIEWS",
-        help="Test-time augmentation, reported beside the result without it: flip, or flip+shifts "
-        "(shifts of 1 pixel in 32). Only for classes that mirroring does not change.",
+        help="Also average the answers for mirrored (flip) or mirrored and shifted (flip+shifts) "
+        "copies of each image, beside the plain answer. Not for text or digits.",
     ),
 ]
 MinAccuracyOption = Annotated[
     str | None,
     typer.Option(
         metavar="SHARE",
-        help="Answer only where this accuracy, e.g. 95%, is promised for images like those of the "
-        "validation split; otherwise 'unsure'.",
+        help="Answer 'unsure' where this accuracy, e.g. 95%, can't be promised for images like "
+        "those of the validation split.",
     ),
 ]
 ConfidenceOption = Annotated[
-    str, typer.Option(metavar="SHARE", help="Probability that the promise holds.")
+    str, typer.Option(metavar="SHARE", help="Probability with which that promise holds.")
 ]
 PredictionSetOption = Annotated[
     str | None,
     typer.Option(
         metavar="SHARE",
-        help="Sets of classes that contain the true one for this share of images, e.g. 90%.",
+        help="Also print a set of classes that holds the true one for this share of images, e.g. "
+        "90%.",
     ),
 ]
 MaxPixelsOption = Annotated[
@@ -304,16 +309,30 @@ MaxPixelsOption = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Refuse image files with more pixels; by default the limit of the training, mostly "
-        "89 million.",
+        help="Refuse image files with more pixels. Default: the limit of the training, mostly 89 "
+        "million.",
     ),
 ]
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="Name or folder of a run, or a model file.")
+    str,
+    typer.Argument(
+        metavar="RUN", help="A trained model: name or folder of a run, or a model file."
+    ),
 ]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, e.g. optim.lr=0.1"),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Change the recipe, e.g. train.epochs=20 optim.lr=0.01 data.image_size=96. All keys: "
+        "`convlens recipes folder --keys`.",
+    ),
+]
+DataOverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="How to read DATA, e.g. image_size=96 fit=pad val_fraction=0.2.",
+    ),
 ]
 DataOption = Annotated[
     str | None,
@@ -334,7 +353,7 @@ Figures = Annotated[
     str | None,
     typer.Option(
         metavar="svg|pdf|none",
-        help="Also write every figure as SVG or PDF; none: draw only requested figures.",
+        help="Also save every figure as SVG or PDF; none: draw only what was requested.",
         callback=_set_figures,
     ),
 ]
@@ -343,7 +362,7 @@ Figures = Annotated[
 # Beside `--data`, in commands that name one run.
 DataKeysArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="How to read DATA, e.g. data.images=photos"),
+    typer.Argument(metavar="[KEY=VALUE]...", help="How to read DATA, e.g. data.images=photos."),
 ]
 _DATA_KEY = re.compile(r"(data\.)?[a-z_]+=")
 
