@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from convlens.cli import completion
 from convlens.cli.common import (
     Command,
     DataOption,
@@ -66,6 +67,7 @@ def compare(
             metavar="RUN RUN... [KEY=VALUE]...",
             help="Trained models: the first one, and those that are compared with it; then how to "
             "read DATA.",
+            autocompletion=completion.complete_run,
         ),
     ],
     split: Split = None,
@@ -131,7 +133,9 @@ def labels(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="DATA|RUN|RECIPE", help="Images, or a run or recipe that uses them."
+            metavar="DATA|RUN|RECIPE",
+            help="Images, or a run or recipe that uses them.",
+            autocompletion=completion.complete_source,
         ),
     ],
     overrides: OverridesArgument = None,
@@ -183,7 +187,11 @@ def labels(
 def report(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Trained models; several are compared."),
+        typer.Argument(
+            metavar="RUN...",
+            help="Trained models; several are compared.",
+            autocompletion=completion.complete_run,
+        ),
     ],
     output: Annotated[
         str | None,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from convlens.cli import completion
 from convlens.cli.common import Command, DeviceOption, HostOption, app
 
 
@@ -16,12 +17,15 @@ def explore(
         typer.Argument(
             metavar="[RUN]...",
             help="Trained models. Default: all runs in this folder.",
+            autocompletion=completion.complete_run,
         ),
     ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="DATA", help="Images to browse, besides those of the runs; may be repeated."
+            metavar="DATA",
+            help="Images to browse, besides those of the runs; may be repeated.",
+            autocompletion=completion.complete_data,
         ),
     ] = None,
     port: Annotated[

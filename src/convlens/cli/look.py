@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from convlens.cli import completion
 from convlens.cli.common import (
     Command,
     DeviceOption,
@@ -38,6 +39,7 @@ LAYERS = "Fine control: layers"
 ATTRIBUTION = "Fine control: heat maps"
 IMAGE_SETS = "Fine control: many images"
 
+METHODS = ("grad-cam", "grad-cam++", "integrated-gradients", "occlusion")
 FILES_LISTED = 8  # figures that are listed by name
 MEASURE_HEADINGS = {
     "probe": "probe %",
@@ -57,6 +59,7 @@ NetworksArgument = Annotated[
         help="Trained models, or networks of torchvision or timm (NAME[:WEIGHTS]); then images: "
         "files, val:17, worst:5 (the surest mistakes on test images), class:NAME:3; then how to "
         "read DATA. Default: a few validation images.",
+        autocompletion=completion.complete_run_or_image,
     ),
 ]
 WhyOption = Annotated[
@@ -96,6 +99,7 @@ OrderOption = Annotated[
     typer.Option(
         metavar="active|index",
         help="Order of channels: most active first, or by index.",
+        autocompletion=lambda incomplete: completion.one_of(incomplete, "active", "index"),
         rich_help_panel=LAYERS,
     ),
 ]
@@ -135,6 +139,7 @@ AttributionOption = Annotated[
         metavar="METHOD,...|all",
         help="Heat maps of the pixels that support a class: grad-cam, grad-cam++, "
         "integrated-gradients, occlusion.",
+        autocompletion=lambda incomplete: completion.list_of(incomplete, "all", *METHODS),
         rich_help_panel=ATTRIBUTION,
     ),
 ]
@@ -144,6 +149,7 @@ ClassOption = Annotated[
         "--class",
         metavar="NAME",
         help="Class to explain. Default: the predicted one.",
+        autocompletion=completion.complete_class,
         rich_help_panel=ATTRIBUTION,
     ),
 ]
@@ -170,6 +176,9 @@ MeasureOption = Annotated[
         metavar="NAME,...|all",
         help="Measure each block: probe (linear probe of the class), separability, picture "
         "(reconstruction), rank, sparsity, blank, dead (channels), fineness, similarity (CKA).",
+        autocompletion=lambda incomplete: completion.list_of(
+            incomplete, "all", *MEASURE_HEADINGS, "similarity"
+        ),
         rich_help_panel=IMAGE_SETS,
     ),
 ]
@@ -186,6 +195,7 @@ EmbeddingOption = Annotated[
     typer.Option(
         metavar="pca|tsne",
         help="Map of the features before the head, in two dimensions.",
+        autocompletion=lambda incomplete: completion.one_of(incomplete, "pca", "tsne"),
         rich_help_panel=IMAGE_SETS,
     ),
 ]
@@ -204,6 +214,7 @@ SplitOption = Annotated[
         metavar="test|val|train",
         help="Images to read. Default: val. What is shown of test images is logged as a use of "
         "them.",
+        autocompletion=lambda incomplete: completion.one_of(incomplete, "test", "val", "train"),
         rich_help_panel=IMAGE_SETS,
     ),
 ]
@@ -212,6 +223,7 @@ DataOption = Annotated[
     typer.Option(
         metavar="DATA",
         help="Other images than those of the run, or their new folder if they have moved.",
+        autocompletion=completion.complete_data,
         rich_help_panel=IMAGE_SETS,
     ),
 ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from convlens.cli import completion
 from convlens.cli.common import Command, JsonOption, app, print_json
 from convlens.cli.results import make_table, stdout_console
 from convlens.errors import UsageError
@@ -32,7 +33,9 @@ def recipes(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RECIPE|FILE.yaml]", help="Recipe to print; without it, all are listed."
+            metavar="[RECIPE|FILE.yaml]",
+            help="Recipe to print; without it, all are listed.",
+            autocompletion=completion.complete_recipe,
         ),
     ] = None,
     keys: Annotated[

@@ -15,6 +15,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from convlens.cli import completion
 from convlens.cli.common import (
     DATA_HELP,
     DEVICE_HELP,
@@ -76,6 +77,7 @@ def train(
             metavar="DATA|RECIPE|FILE.yaml",
             help="Your images (a folder with one sub-folder per class, a list, shards), a built-in "
             "set (digits, mnist, cifar10 ...), a recipe (`convlens recipes`) or a recipe file.",
+            autocompletion=completion.complete_training,
         ),
     ],
     overrides: OverridesArgument = None,
@@ -84,6 +86,7 @@ def train(
         typer.Option(
             metavar="DATA",
             help="Train the recipe on these images instead of its own.",
+            autocompletion=completion.complete_data,
             rich_help_panel=THIS_RUN,
         ),
     ] = None,
@@ -283,13 +286,21 @@ def predict(
             metavar="[PATH]...",
             help="Images: files, folders, globs, or - for standard input (an image, or names, one "
             "per line).",
+            autocompletion=completion.complete_image,
         ),
     ] = None,
     top: Annotated[
         int, typer.Option("--top", "-k", min=1, metavar="K", help="Number of classes to print.")
     ] = 1,
     output: Annotated[
-        str, typer.Option("--format", "-f", metavar="table|csv|json", help="Output format.")
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="table|csv|json",
+            help="Output format.",
+            autocompletion=lambda incomplete: completion.one_of(incomplete, "table", "csv", "json"),
+        ),
     ] = "table",
     tta: TtaOption = None,
     min_accuracy: MinAccuracyOption = None,
@@ -393,7 +404,11 @@ def export(
     keys: DataKeysArgument = None,
     to: Annotated[
         list[str] | None,
-        typer.Option(metavar="onnx|torch", help="Formats, separated by commas. Default: onnx."),
+        typer.Option(
+            metavar="onnx|torch",
+            help="Formats, separated by commas. Default: onnx.",
+            autocompletion=lambda incomplete: completion.list_of(incomplete, "onnx", "torch"),
+        ),
     ] = None,
     output: Annotated[
         str | None,
@@ -404,6 +419,7 @@ def export(
         typer.Option(
             metavar="DATA",
             help="Images for the check. Default: validation images of the run.",
+            autocompletion=completion.complete_data,
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -436,7 +452,9 @@ def export(
 
 @app.command(cls=Command)
 def audit(
-    data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help=DATA_HELP, autocompletion=completion.complete_data)
+    ],
     overrides: DataOverridesArgument = None,
     strict: Annotated[
         bool,
@@ -475,9 +493,16 @@ def audit(
 @app.command(cls=Command)
 def augment(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE|FILE.yaml", help="Recipe with the augmentation.")
+        str,
+        typer.Argument(
+            metavar="RECIPE|FILE.yaml",
+            help="Recipe with the augmentation.",
+            autocompletion=completion.complete_recipe,
+        ),
     ],
-    data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help=DATA_HELP, autocompletion=completion.complete_data)
+    ],
     overrides: DataOverridesArgument = None,
     figures: Figures = None,
     as_json: JsonOption = False,
@@ -504,7 +529,9 @@ def augment(
 
 @app.command(cls=Command)
 def shard(
-    data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help=DATA_HELP, autocompletion=completion.complete_data)
+    ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to create.")],
     overrides: DataOverridesArgument = None,
     as_json: JsonOption = False,
