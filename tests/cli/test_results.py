@@ -24,7 +24,19 @@ def test_results_go_to_stdout_and_status_messages_to_stderr() -> None:
     assert "models/mine/model.safetensors" in done.out
     assert "plots/mine" in done.out
     assert "epoch" not in done.out.replace("weights of epoch", "")
-    assert "convlens predict mine IMAGE" in done.err
+    assert ": confidence " in done.out
+    following = [line.split("convlens ")[1] for line in done.err.splitlines()[-3:]]
+    assert [line.split()[:2] for line in following] == [
+        ["report", "mine"],
+        ["look", "mine"],
+        ["predict", "mine"],
+    ]
+
+
+def test_after_a_training_without_test_the_evaluation_is_proposed_first() -> None:
+    done = here("train", *DIGITS, "--name", "mine", "--no-test")
+    assert "next: convlens evaluate mine " in done.err
+    assert "convlens report mine " in done.err
 
 
 def test_number_of_uses_of_the_test_set_is_printed() -> None:
