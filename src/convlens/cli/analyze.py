@@ -242,7 +242,8 @@ def print_comparison(result: Comparison) -> None:
     images = "all images" if result.split == "all" else f"{result.split} split"
     out.print(
         f"{images} of {escape(result.data)}, {counts} images; MFLOPs for one image (a "
-        "multiply-add counts as two); images/s of inference on this machine"
+        "multiply-add counts as two); images/s of inference on this machine; trained s depends on "
+        "what else the machine did"
     )
     for verdict in result.verdicts:
         style = "bold" if verdict.differs else "not bold"
@@ -364,7 +365,9 @@ def label_conclusion(report: LabelReport) -> list[str]:
     """Return the findings as sentences that claim no more than the data support."""
     n, k = len(report.images), len(report.suspects)
     images = "images (including the test split)" if report.tested else "images"
-    lines = [
+    # First, so that nobody takes the estimate for a fact.
+    lines = [LOW_AGREEMENT_WARNING] if k and report.accuracy < LOW_AGREEMENT else []
+    lines += [
         f"{k:,} of {n:,} labels are suspected ({k / n:.1%}); {report.noise:.1%} of all are "
         f"estimated to be wrong. {report.folds} models agree with {report.accuracy:.1%} of the "
         f"labels of {images} that they were not trained on."
@@ -374,8 +377,6 @@ def label_conclusion(report: LabelReport) -> list[str]:
             "Suspected, not proven: a hard or unusual image looks the same to a model. "
             + PLANTED_ERRORS
         )
-    if k and report.accuracy < LOW_AGREEMENT:
-        lines.append(LOW_AGREEMENT_WARNING)
     if report.disputed:
         lines.append(
             f"{report.disputed:,} pairs of copies under two labels are not included: "
