@@ -57,8 +57,8 @@ NetworksArgument = Annotated[
     typer.Argument(
         metavar="RUN... [IMAGE]... [KEY=VALUE]...",
         help="Trained models, or networks of torchvision or timm (NAME[:WEIGHTS]); then images: "
-        "files, val:17, worst:5 (the most confident mistakes on test images), class:NAME:3; then how to "
-        "read DATA. Default: a few validation images.",
+        "files, val:17, worst:5 (the most confident mistakes on test images), class:NAME:3; then "
+        "how to read DATA. Default: a few validation images.",
         autocompletion=completion.complete_run_or_image,
     ),
 ]
