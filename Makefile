@@ -1,6 +1,7 @@
 # make demo   set up, train the embedded digits recipe, test it, classify some images
 # make test   set up, run the test suite (offline; some minutes on two cores)
 # make check  set up, then lint, format, types and tests
+# make reference  write docs/reference and the schema of recipes from the code
 PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
@@ -15,7 +16,7 @@ ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 1000
 endif
 
-.PHONY: demo test check lint types chaos bench-overhead bench-peers bench-cpu bench-gpu clean
+.PHONY: demo test check lint types reference chaos bench-overhead bench-peers bench-cpu bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -31,6 +32,9 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+reference: $(VENV)/.dev
+	$(BIN)/python tools/reference.py
 
 # What is too long for the suite: kills at random moments, thousands of damaged files, fuzzing.
 chaos: $(VENV)/.dev

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 from PIL import Image
@@ -13,7 +14,7 @@ from convlens.cli import exit_on_errors
 
 @exit_on_errors()
 def main() -> None:
-    """Train (or find the finished run), test, and classify a few image files."""
+    """Train (or find the finished run), test, and classify a few files of test images."""
     run = convlens.train("digits")
     result = run.evaluate("test", quiet=True)
 
@@ -21,11 +22,14 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     digits = load_digits()
     paths = []
-    for number in range(0, 50, 7):
+    with (run.path / "split.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    for row in rows[:8]:  # images that the model was not trained on
+        number = int(row["id"].partition("/")[2])
         path = folder / f"digit-{digits.target[number]}-{number}.png"
         Image.fromarray((digits.images[number] * 255 / 16).astype("uint8")).save(path)
         paths.append(path)
-    print("\nfile                     says  sure")
+    print("\ntest image               says  sure")
     for answer in run.predict(paths):
         print(f"{Path(answer.filename).name:24s} {answer.label:>4s}  {answer.prob:.1%}")
 

@@ -111,6 +111,9 @@ class Evaluation:
         loss: mean cross-entropy in nats, of the network without the temperature.
         ece: expected calibration error.
         ece_uncalibrated: the same without the temperature.
+        ece_by_chance: error that a perfectly calibrated model stays below in 95 of 100 sets of this
+            size; None in results of earlier versions, as the next one.
+        confidence: mean of the highest probability of each image.
         temperature: the logits are divided by it for all probabilities; 1 if none was fitted.
         tta: None, or the metrics with test-time augmentation: `views` (their name), `accuracy`,
             `interval95`, `correct`, `macro_f1`, `balanced_accuracy`, `loss`, `ece`, the numbers of
@@ -165,6 +168,8 @@ class Evaluation:
     own: bool = True
     trained_on: int = 0
     unlike: dict[str, Any] | None = None
+    ece_by_chance: float | None = None
+    confidence: float | None = None
 
     def __repr__(self) -> str:
         low, high = self.interval95
@@ -590,6 +595,7 @@ def evaluate_split(
     scores, targets = outputs.logits.cpu().numpy(), labels.cpu().numpy()
     temperature = loaded.calibration.temperature
     summary = metrics.summarize(scores, targets, list(loaded.classes), temperature)
+    probs = metrics.softmax(scores, temperature)
     result: dict[str, Any] = {
         "run": run_dir.name,
         "split": split,
@@ -599,6 +605,8 @@ def evaluate_split(
         "top5": summary.get("top5"),
         "classes": list(loaded.classes),
         "temperature": temperature,
+        "ece_by_chance": metrics.ece_by_chance(probs),
+        "confidence": float(probs.max(axis=1).mean()),
         "tta": _tta_metrics(tta, outputs, targets, loaded.classes, temperature),
         **(promises or Promises()).measure(scores, temperature, targets),
         "images_per_second": round(len(targets) / seconds, 1),
@@ -696,10 +704,20 @@ def sentence(result: Mapping[str, Any]) -> str:
         f"({copies}95% interval {low:.2%} to {high:.2%}, n = {result['n']:,}), "
         f"{_class_means_text(result)}"
         f"loss {result['loss']:.4f}, calibration error {result['ece']:.3f}{uncalibrated}"
+        f"{_calibration_in_words(result)}"
     )
     if result["split"] == "test" and result.get("own"):
         line += f"; test set used {times(result['looks'])}"
     return line
+
+
+def _calibration_in_words(result: Mapping[str, Any]) -> str:
+    """Return e.g. `: confidence is 4.1 points too high`; empty for older results."""
+    if result.get("ece_by_chance") is None or result.get("confidence") is None:
+        return ""
+    surplus = result["confidence"] - result["accuracy"]
+    calibration = metrics.Calibration(result["ece"], result["ece_by_chance"], surplus)
+    return f": {calibration.in_words()}"
 
 
 def _accuracy_name(result: Mapping[str, Any]) -> str:

@@ -333,6 +333,43 @@ def ece_by_chance(
     return float(np.quantile(errors, 0.95))
 
 
+class Calibration(NamedTuple):
+    """Agreement of confidence and accuracy.
+
+    Attributes:
+        error: expected calibration error (ECE).
+        chance: the error that chance alone explains.
+        surplus: mean confidence minus accuracy.
+    """
+
+    error: float
+    chance: float
+    surplus: float
+
+    @property
+    def is_good(self) -> bool:
+        return self.error <= self.chance
+
+    @property
+    def label(self) -> str:
+        """A short verdict, e.g. `overconfident`."""
+        if self.is_good:
+            return "within chance"
+        # Overconfident in some bins and underconfident in others: the mean says little.
+        if abs(self.surplus) < self.error / 2:
+            return "badly calibrated"
+        return "overconfident" if self.surplus > 0 else "underconfident"
+
+    def in_words(self) -> str:
+        """Return the verdict as a sentence with the difference in percentage points."""
+        if self.is_good:
+            return "confidence agrees with accuracy, as far as this many images can show"
+        if self.label == "badly calibrated":
+            return "confidence is too high for some images and too low for others"
+        direction = "high" if self.surplus > 0 else "low"
+        return f"confidence is {100 * abs(self.surplus):.1f} points too {direction}"
+
+
 def class_means_intervals(
     labels: npt.ArrayLike, predictions: npt.ArrayLike, classes: int
 ) -> dict[str, list[float]]:

@@ -78,87 +78,157 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """The data set, its image size and its splits.
+    """The data set, its image size and its splits."""
 
-    Attributes:
-        layout: how a folder is read whose folders are named like splits, but could be classes.
-        class_level: whether folders inside class folders are parts of these (`top`) or are the
-            classes themselves (`leaf`). `auto` stops if both are possible.
-        classes: the classes to use; empty for all. They keep the order of the set.
-        without: classes to leave out.
-        min_images: classes with fewer training images in the set are left out.
-        group: a column of a CSV file, or a regular expression that is searched for in the path of
-            each image below the folder: its first group, or the whole match. Images with equal
-            values stay in one split.
-        fit: how images become square. `crop` keeps the center, `pad` adds black borders, `stretch`
-            distorts. `auto` crops, or pads where the typical image is longer than 1.5:1.
-        range: `[low, high]`, the values of 16-bit, 32-bit and float images that become 0 and 255.
-            `auto`: the 0.1 and 99.9 percentile of the training images. 8-bit images need none.
-        background: the color behind transparent images: `white`, `black`, `grey` or `#rrggbb`; or
-            `alpha`, which shows the alpha channel as a grey image. `auto` is white, and `alpha`
-            where all images are transparent and white would hide their only color.
-        max_pixels: larger images are refused; by default 89 million. A JPEG is decoded at a
-            reduced scale instead.
-        val_fraction: share of the images that is held out for validation. With 0 there is no
-            validation split: all images outside the test split are used for training, including
-            the source's own validation images, and the last epoch is kept (`keep: last`).
-        folds, fold: make part `fold` (from 0) of `folds` equal parts the validation split.
-        per_class: number of training images of each class. Validation images are drawn first, from
-            all images.
-        total_per_class: number of training and validation images of each class together, so all
-            images that a model is trained on or selected by. `val_fraction` is then a share of
-            these, and the remaining images are not used.
-        path_column, label_column, split_column: columns of a list of images, if they are not found
-            by their names; `split_column: none` reads no column as the split.
-        images: the folder that the paths of a list are relative to.
-        lists: which lists of a folder are read if there are several for each split: what their
-            names have in common, such as `2` for `train2.txt` and `test2.txt`, or `variant` for
-            `images_variant_train.txt`.
-        rename: new names of classes, `{"old": "new"}`, both in quotes if they are numbers; classes
-            with the same name become one.
-        balance: how often an epoch draws the images of each class. `none` draws each image once;
-            `sqrt` draws classes in proportion to the square root of their number of images, and
-            `full` equally often. The number of images per epoch does not change.
-        on_bad: `skip` leaves out unreadable images, up to the share `max_bad` of all images and of
-            the images of each class.
-        duplicates: what is done about images that are equal, byte for byte. `drop` keeps one of
-            each, and none where their labels differ. `group` keeps an image and its copies in one
-            split, where splits are drawn.
-    """
-
-    name: str = "digits"
-    image_size: Annotated[int, Field(ge=8, le=1024)] | Literal["auto"] = "auto"
-    fit: Literal["auto", "crop", "pad", "stretch"] = "auto"
-    channels: Literal[1, 3, "auto"] = "auto"
-    range: tuple[float, float] | Literal["auto"] = "auto"
-    background: Annotated[str, Field(pattern="^(auto|alpha|white|black|grey|#[0-9a-fA-F]{6})$")] = (
-        "auto"
+    name: str = Field(
+        default="digits",
+        description="The data set: a built-in name (digits, mnist, cifar10, ...), a folder with "
+        "one sub-folder per class, a list of images (CSV, text, JSON, JSONL, parquet), or shards.",
     )
-    max_pixels: Positive | None = None
-    val_fraction: Fraction = 0.15
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    layout: Literal["auto", "classes", "splits"] = "auto"
-    class_level: Literal["auto", "top", "leaf"] = "auto"
-    classes: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    min_images: Positive | None = None
-    group: str | None = None
-    path_column: str | None = None
-    label_column: str | None = None
-    split_column: str | None = None
-    images: str | None = None
-    lists: str | None = None
-    rename: dict[str, str] | None = None
-    per_class: Positive | None = None
-    total_per_class: Positive | None = None
-    folds: Annotated[int, Field(ge=2, le=1000)] | None = None
-    fold: Annotated[int, Field(ge=0)] = 0
-    balance: Balance = "none"
-    seed: Annotated[int, Field(ge=0)] = 0
-    count: Annotated[int, Field(gt=0, le=10_000_000)] | None = None
-    on_bad: Literal["stop", "skip"] = "stop"
-    max_bad: Fraction = 0.1
-    duplicates: Literal["keep", "drop", "group"] = "keep"
+    image_size: Annotated[int, Field(ge=8, le=1024)] | Literal["auto"] = Field(
+        default="auto",
+        description="Width and height, in pixels, to which images are brought. auto: 16 to 128, by "
+        "the typical size of the images, or a size that suits the pretrained weights.",
+    )
+    fit: Literal["auto", "crop", "pad", "stretch"] = Field(
+        default="auto",
+        description="How images become square: crop keeps the center, pad adds black borders, "
+        "stretch distorts. auto: crop, or pad where the typical image is longer than 1.5:1.",
+    )
+    channels: Literal[1, 3, "auto"] = Field(
+        default="auto",
+        description="Channels of the images: 1 (grey) or 3 (color). auto: 1 if all are grey.",
+    )
+    range: tuple[float, float] | Literal["auto"] = Field(
+        default="auto",
+        description="[low, high]: the values of 16-bit, 32-bit and float images that become 0 and "
+        "255. auto: the 0.1 and 99.9 percentile of the training images. 8-bit images need none.",
+    )
+    background: Annotated[str, Field(pattern="^(auto|alpha|white|black|grey|#[0-9a-fA-F]{6})$")] = (
+        Field(
+            default="auto",
+            description="Color behind transparent images; alpha shows the alpha channel as a grey "
+            "image. auto: white, or alpha where all images are transparent and white would hide "
+            "their only color.",
+            json_schema_extra={
+                "examples": ["auto", "alpha", "white", "black", "grey", "#rrggbb"],
+            },
+        )
+    )
+    max_pixels: Positive | None = Field(
+        default=None,
+        description="Image files with more pixels are refused; JPEGs are decoded at a reduced "
+        "scale instead. null: 89 million.",
+    )
+    val_fraction: Fraction = Field(
+        default=0.15,
+        description="Share of the images that is held out for validation, if the data set has no "
+        "validation split. 0: no validation; all images outside the test split are used for "
+        "training, and the last epoch is kept.",
+    )
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.15,
+        description="Share of the images that is held out for the test, if the data set has no "
+        "test split.",
+    )
+    layout: Literal["auto", "classes", "splits"] = Field(
+        default="auto",
+        description="What the top folders are if their names could be both: classes or splits. "
+        "auto: decided by names and contents; an error if both are possible.",
+    )
+    class_level: Literal["auto", "top", "leaf"] = Field(
+        default="auto",
+        description="Which folders are the classes: the top ones, or those that hold the images "
+        "(leaf). auto: an error if both are possible.",
+    )
+    classes: tuple[str, ...] = Field(
+        default=(), description="Classes to use, by name; they keep the order of the set. []: all."
+    )
+    without: tuple[str, ...] = Field(default=(), description="Classes to leave out, by name.")
+    min_images: Positive | None = Field(
+        default=None,
+        description="Classes with fewer training images in the set are left out. null: none is.",
+    )
+    group: str | None = Field(
+        default=None,
+        description="Images with the same value stay in one split: a column of the list, or a "
+        "regular expression that is searched for in each path (its first group, or the whole "
+        "match). null: no groups.",
+    )
+    path_column: str | None = Field(
+        default=None,
+        description="Column of a list with the paths of images. null: found by its name.",
+    )
+    label_column: str | None = Field(
+        default=None, description="Column of a list with the classes. null: found by its name."
+    )
+    split_column: str | None = Field(
+        default=None,
+        description="Column of a list with the split of each image; none: no column is read as "
+        "the split. null: found by its name.",
+    )
+    images: str | None = Field(
+        default=None,
+        description="Folder that the paths of a list are relative to. null: the folder of the "
+        "list.",
+    )
+    lists: str | None = Field(
+        default=None,
+        description="Which lists of a folder to read if it has several for each split: what their "
+        "names have in common, e.g. 2 for train2.txt and test2.txt.",
+    )
+    rename: dict[str, str] | None = Field(
+        default=None,
+        description='New names of classes, {"old": "new"} (numbers in quotes); classes with the '
+        "same name become one.",
+    )
+    per_class: Positive | None = Field(
+        default=None,
+        description="Number of training images of each class. Validation images are drawn first, "
+        "from all images. null: all images.",
+    )
+    total_per_class: Positive | None = Field(
+        default=None,
+        description="Number of training and validation images of each class together; "
+        "val_fraction is a share of these, and the remaining images are not used. null: all "
+        "images.",
+    )
+    folds: Annotated[int, Field(ge=2, le=1000)] | None = Field(
+        default=None,
+        description="Number of equal parts for cross-validation; set by --folds. null: "
+        "val_fraction decides.",
+    )
+    fold: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Which of the parts is the validation split, from 0; set by --folds."
+    )
+    balance: Balance = Field(
+        default="none",
+        description="How often an epoch draws the images of each class: each image once (none), "
+        "classes in proportion to the square root of their size (sqrt), or all classes equally "
+        "often (full). The number of images per epoch does not change.",
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Random seed of the splits and of the choice of images."
+    )
+    count: Annotated[int, Field(gt=0, le=10_000_000)] | None = Field(
+        default=None, description="Number of images of the generated set shapes. null: 2,000."
+    )
+    on_bad: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="What unreadable images do: stop the command, or skip leaves them out, up to "
+        "max_bad.",
+    )
+    max_bad: Fraction = Field(
+        default=0.1,
+        description="Largest share of unreadable images of a split, and of a class in it, that "
+        "on_bad=skip accepts.",
+    )
+    duplicates: Literal["keep", "drop", "group"] = Field(
+        default="keep",
+        description="What is done about image files that are equal byte for byte: keep all; drop "
+        "all but one of each, and all where their labels differ; or group them, so that equal "
+        "images stay in one split.",
+    )
 
     @field_validator("range", mode="before")
     @classmethod
@@ -200,28 +270,37 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """The network. Any other keys are options of the model family, which checks them.
-
-    Attributes:
-        name: a family of `MODELS`, a network of torchvision, or `timm/NAME`. `auto`: the network
-            of the pretrained weights that the training starts with (`training.transfer`).
-        weights: initial weights: `none`, `default`, a package (`lite0`), a member of torchvision's
-            weights enum (`IMAGENET1K_V1`), an id of timm (`hf-hub:...`), a file (.safetensors, .pt,
-            .pth, .bin), or a run. `default` of a network with a package means the package if it is
-            installed. A run that has started does not need their source again. `auto`: pretrained
-            weights that are on this machine, or none; nothing is downloaded.
-        trainable: `all`, `head`, `stages`, `last:K`, `NAME+`, or names (`models.stages`). `auto`:
-            `all` from scratch, and without the first stages from pretrained weights.
-        freeze_batch_norm: keep the statistics of batch norms as they are in the pretrained weights;
-            `auto`: if there are any.
-    """
+    """The network. Any other keys are options of the model family, which checks them."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
-    name: str = "cnn"
-    weights: Annotated[str, Field(min_length=1)] = "none"
-    trainable: str = "all"
-    freeze_batch_norm: bool | Literal["auto"] = False
+    name: str = Field(
+        default="cnn",
+        description="The network: a family of convlens, a network of torchvision, or timm/NAME. "
+        "auto: the network of the pretrained weights that the training starts with.",
+        json_schema_extra={
+            "examples": ["auto", "cnn", "fastnet", "resnet18", "resnet34", "resnet50", "wrn"],
+        },
+    )
+    weights: Annotated[str, Field(min_length=1)] = Field(
+        default="none",
+        description="Weights to start with: none (random), default (pretrained; may be "
+        "downloaded), a name of `convlens weights`, a file, or a run. auto: pretrained weights "
+        "that are on this machine, or none; nothing is downloaded.",
+        json_schema_extra={"examples": ["auto", "none", "default", "lite0"]},
+    )
+    trainable: str = Field(
+        default="all",
+        description="Layers that are trained; the others are frozen: all, head, stages (all but "
+        "the head), last:K children, NAME+ (from there on), or names separated by commas. auto: "
+        "all from scratch, and without the first stages from pretrained weights.",
+        json_schema_extra={"examples": ["auto", "all", "head", "stages", "last:2", "layer3+"]},
+    )
+    freeze_batch_norm: bool | Literal["auto"] = Field(
+        default=False,
+        description="Keep the statistics of batch norms as they are in the pretrained weights. "
+        "auto: if there are any.",
+    )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -233,73 +312,153 @@ class GroupConfig(Section):
     """A parameter group with its own learning rate, weight decay or time window.
 
     Values that are not set are those of `optim`.
-
-    Attributes:
-        params: a pattern of parameter names (`layer1.*`, `*.norm*.bias`), or `head`, `norms`,
-            `norms.bias`, `biases` or `filters`.
-        muon: with `optim.name: muon`, whether these parameters are updated by Muon or by SGD; by
-            default, filters are updated by Muon.
-        start, end: time window as fractions of all steps. Outside it the parameters are frozen.
     """
 
-    params: str
-    lr: Annotated[float, Field(gt=0)] | None = None
-    weight_decay: Annotated[float, Field(ge=0)] | None = None
-    momentum: Fraction | None = None
-    muon: bool | None = None
-    start: Fraction = 0.0
-    end: Annotated[float, Field(gt=0, le=1)] = 1.0
+    params: str = Field(
+        description="The parameters: a pattern of names (layer1.*, *.norm*.bias), or head, norms, "
+        "norms.bias, biases or filters."
+    )
+    lr: Annotated[float, Field(gt=0)] | None = Field(default=None, description="Learning rate.")
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="Weight decay."
+    )
+    momentum: Fraction | None = Field(default=None, description="Momentum.")
+    muon: bool | None = Field(
+        default=None,
+        description="With optim.name=muon: update these parameters by Muon (true) or by SGD "
+        "(false). null: filters by Muon.",
+    )
+    start: Fraction = Field(
+        default=0.0, description="Share of all steps from which the parameters are trained."
+    )
+    end: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="Share of all steps until which they are trained; then they are frozen.",
+    )
 
 
 class LookaheadConfig(Section):
     """Lookahead: every `every` steps the weights are reset to their slowly moving average."""
 
-    every: Positive = 5
-    decay: Fraction = 0.95
-    power: Annotated[float, Field(ge=0)] = 3.0
+    every: Positive = Field(default=5, description="Number of steps between two resets.")
+    decay: Fraction = Field(default=0.95, description="Decay of the average per step.")
+    power: Annotated[float, Field(ge=0)] = Field(
+        default=3.0, description="Exponent of the decay's growth over the training."
+    )
 
 
 class OptimConfig(Section):
-    """The optimizer, its schedule, the loss, and regularization.
+    """The optimizer, its schedule, the loss, and regularization."""
 
-    Attributes:
-        lr, layer_decay: `auto`: values for a training from scratch or from pretrained weights.
-        loss: `focal` multiplies the cross-entropy of an image by (1 - p)^focal_gamma, where p is
-            the probability of its class, so that images that are already classified well count
-            less (Lin et al. 2017).
-        class_weights: factors of the loss by class. `auto` makes all classes count equally in an
-            epoch: n / (K n_c). Or `{name: weight}`, 1 for other classes. All are scaled to a mean
-            of 1 over the training images.
-    """
-
-    name: str = "adamw"
-    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = 1e-3
-    aux_lr: Annotated[float, Field(gt=0)] | None = None  # muon: rate for all but filters; null: lr
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    decay_bias_and_norm: bool = True
-    momentum: Fraction = 0.9
-    nesterov: bool = False
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    muon_iterations: Annotated[int, Field(ge=1, le=10)] = 3
-    muon_normalise: bool = True
-    groups: list[GroupConfig] = []
-    # Ratio of the learning rates of adjacent stages.
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = 1.0
-    head_first: Fraction = 0.0  # share of the steps in which only the head is trained
-    schedule: str = "constant"
-    warmup: Fraction = 0.0
-    warmup_from: Fraction = 0.0
-    final: Fraction = 0.0  # at the end of linear and cosine, as a fraction of lr
-    step_size: Annotated[float, Field(gt=0, le=1)] = 1 / 3
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
-    focal_gamma: Annotated[float, Field(gt=0, le=10)] = 2.0
-    class_weights: str | dict[str, float] = "none"
-    label_smoothing: Fraction = 0.0
-    clip_value: Annotated[float, Field(gt=0)] | None = None
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    lookahead: LookaheadConfig | None = None
+    name: str = Field(
+        default="adamw",
+        description="The optimizer.",
+        json_schema_extra={"enum": ["adam", "adamw", "muon", "sgd"]},
+    )
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        default=1e-3,
+        description="Learning rate, the maximum of the schedule. auto: a value for a training "
+        "from scratch or from pretrained weights.",
+    )
+    aux_lr: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="With muon: learning rate of everything but filters. null: lr."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="Weight decay: L2 regularization; decoupled from the gradient with adamw.",
+    )
+    decay_bias_and_norm: bool = Field(
+        default=True, description="Whether biases and norm layers have weight decay, too."
+    )
+    momentum: Fraction = Field(default=0.9, description="Momentum of sgd and muon.")
+    nesterov: bool = Field(default=False, description="Nesterov momentum, with sgd and muon.")
+    betas: tuple[Fraction, Fraction] = Field(
+        default=(0.9, 0.999),
+        description="Decay rates of Adam's averages of the gradient and of its square.",
+    )
+    muon_iterations: Annotated[int, Field(ge=1, le=10)] = Field(
+        default=3, description="With muon: iterations of the orthogonalization."
+    )
+    muon_normalise: bool = Field(
+        default=True,
+        description="With muon: scale the weights of each filter to a fixed norm before each step. "
+        "false: for filters without a norm layer after them.",
+    )
+    groups: list[GroupConfig] = Field(
+        default=[],
+        description="Parameters with their own learning rate, weight decay or time window: "
+        "[{params: head, lr: 0.1}, ...]. The first match counts.",
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
+        default=1.0,
+        description="Ratio of the learning rates of adjacent stages, from the head backwards. "
+        "auto: 1 from scratch, below 1 from pretrained weights.",
+    )
+    head_first: Fraction = Field(
+        default=0.0,
+        description="Share of the steps in which only the head is trained, at the beginning.",
+    )
+    schedule: str = Field(
+        default="constant",
+        description="How the learning rate changes over the training.",
+        json_schema_extra={"enum": ["constant", "cosine", "linear", "one-cycle", "step"]},
+    )
+    warmup: Fraction = Field(
+        default=0.0,
+        description="Share of the steps in which the learning rate rises. one-cycle: 0 means 0.3.",
+    )
+    warmup_from: Fraction = Field(
+        default=0.0,
+        description="Learning rate at the first step of the warm-up, as a fraction of lr.",
+    )
+    final: Fraction = Field(
+        default=0.0,
+        description="Learning rate at the end of the schedules linear and cosine, as a fraction "
+        "of lr.",
+    )
+    step_size: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1 / 3,
+        description="Schedule step: share of the steps after which the learning rate is "
+        "multiplied by gamma.",
+    )
+    gamma: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.1, description="Schedule step: factor on the learning rate."
+    )
+    loss: Literal["cross_entropy", "focal"] = Field(
+        default="cross_entropy",
+        description="The loss. focal multiplies the cross-entropy of an image by "
+        "(1 - p)^focal_gamma, where p is the probability of its class, so that images that are "
+        "already classified well count less.",
+    )
+    focal_gamma: Annotated[float, Field(gt=0, le=10)] = Field(
+        default=2.0, description="Exponent of the focal loss."
+    )
+    class_weights: str | dict[str, float] = Field(
+        default="none",
+        description="Factors of the loss by class: none, {class: weight} (1 for other classes), "
+        "or auto: all classes count equally in an epoch. Scaled to a mean of 1 over the training "
+        "images.",
+        json_schema_extra={"examples": ["none", "auto"]},
+    )
+    label_smoothing: Fraction = Field(
+        default=0.0, description="Share of each label that is spread over all classes."
+    )
+    clip_value: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Upper bound on the absolute value of each gradient. null: none."
+    )
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Upper bound on the norm of all gradients together. null: none."
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Decay per step of a moving average of the weights, which is validated and "
+        "kept instead of the last weights. null: no average.",
+    )
+    lookahead: LookaheadConfig | None = Field(
+        default=None,
+        description="Reset the weights to their slowly moving average every few steps: {every, "
+        "decay, power}. null: off.",
+    )
 
     @field_validator("class_weights", mode="before")
     @classmethod
@@ -315,43 +474,82 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """Number of epochs, batch size, choice of weights, and how steps are computed.
+    """Number of epochs, batch size, choice of weights, and how steps are computed."""
 
-    Attributes:
-        minutes: the time for the whole training, test included. What the recipe leaves at `auto` of
-            image size, trainable stages and epochs is chosen so that it fits
-            (`training.time_budget`).
-        monitor: the metric of the validation split by which the best epoch is selected. For
-            unequal classes use `val_macro_f1` or `val_balanced_accuracy`, which count rare classes
-            as much as common ones.
-    """
-
-    epochs: Annotated[int, Field(gt=0, le=1_000_000)] | Literal["auto"] = "auto"
-    minutes: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
-    batch_size: Annotated[int, Field(gt=0, le=10_000_000)] = 64
-    patience: Positive | None = None
-    monitor: Literal["val_loss", "val_accuracy", "val_macro_f1", "val_balanced_accuracy"] = (
-        "val_loss"
+    epochs: Annotated[int, Field(gt=0, le=1_000_000)] | Literal["auto"] = Field(
+        default="auto",
+        description="Passes over the training images. auto: 8 to 60 from scratch and 3 to 20 from "
+        "pretrained weights, the more the fewer images there are.",
     )
-    keep: Literal["best", "last"] = "best"
-    seed: Annotated[int, Field(ge=0)] = 0
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    # true: torch.compile; auto: if timing shows that it pays, on CUDA only. (`graph` occurs in
-    # finished runs of earlier versions; `train` refuses it.)
-    compile: bool | Literal["auto", "graph"] = "auto"
-    sync_batch_norm: bool = False  # with several processes: statistics of the global batch (GPUs)
-    # The features of a frozen backbone are computed once for all epochs; with augmentation, for
-    # `views` fixed draws.
-    cache_trunk: bool = True
-    views: Annotated[int, Field(gt=0, le=1000)] | None = None
-    deterministic: bool = False
-    # After the last epoch, the temperature, outputs for a half of the validation images, and
-    # features of up to 2,000 training images are stored in the model file; `without_features`:
-    # all but the features, the largest part.
-    calibrate: bool | Literal["without_features"] = True
-    # Number of training images whose features are stored; null: as many as fit, up to 2,000.
-    reference_images: Annotated[int, Field(gt=0, le=2000)] | None = None
+    minutes: Annotated[float, Field(gt=0, le=1_000_000)] | None = Field(
+        default=None,
+        description="Minutes for the whole training, test included. Image size, trainable stages "
+        "and epochs, where they are auto, are chosen to fit. null: no limit.",
+    )
+    batch_size: Annotated[int, Field(gt=0, le=10_000_000)] = Field(
+        default=64, description="Images per step, of all processes together."
+    )
+    patience: Positive | None = Field(
+        default=None,
+        description="Stop after this number of epochs without improvement of monitor. null: never.",
+    )
+    monitor: Literal["val_loss", "val_accuracy", "val_macro_f1", "val_balanced_accuracy"] = Field(
+        default="val_loss",
+        description="Metric of the validation split by which the best epoch is selected. For "
+        "unequal classes use val_macro_f1 or val_balanced_accuracy, which count rare classes as "
+        "much as common ones.",
+    )
+    keep: Literal["best", "last"] = Field(
+        default="best",
+        description="Which weights become the model: of the best epoch or the last one.",
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="Random seed of initial weights, order of images, augmentation and dropout.",
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto",
+        description="Number format of the computation. auto: the fastest one by timing, among "
+        "fp32 and what the hardware supports.",
+    )
+    memory_format: Literal["auto", "contiguous", "channels_last"] = Field(
+        default="auto",
+        description="Order of the values of images in memory. auto: the faster one by timing.",
+    )
+    # `graph` occurs in finished runs of earlier versions; `train` refuses it.
+    compile: bool | Literal["auto", "graph"] = Field(
+        default="auto",
+        description="Use torch.compile. auto: on CUDA, if timing shows that it pays.",
+    )
+    sync_batch_norm: bool = Field(
+        default=False,
+        description="With several processes on GPUs: batch norm over the batch of all processes.",
+    )
+    cache_trunk: bool = Field(
+        default=True,
+        description="Compute the features of a frozen backbone once for all epochs, which is much "
+        "faster.",
+    )
+    views: Annotated[int, Field(gt=0, le=1000)] | None = Field(
+        default=None,
+        description="With cache_trunk and augmentation: number of fixed random draws per image.",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="Use deterministic algorithms only, which is somewhat slower; set by "
+        "--deterministic.",
+    )
+    calibrate: bool | Literal["without_features"] = Field(
+        default=True,
+        description="Store in the model file what calibrates predictions: a temperature, outputs "
+        "for half of the validation images, and features of training images. without_features: "
+        "all but the features, the largest part.",
+    )
+    reference_images: Annotated[int, Field(gt=0, le=2000)] | None = Field(
+        default=None,
+        description="Number of training images whose features are stored. null: as many as fit, "
+        "up to 2,000.",
+    )
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -365,21 +563,30 @@ NESTED = frozenset({*GroupConfig.model_fields, *LookaheadConfig.model_fields})
 
 
 class Recipe(Section):
-    """A complete description of one training run.
+    """A complete description of one training run."""
 
-    Attributes:
-        about: one line for the list of recipes.
-        augment: operations `[{"RandomCrop": {"padding": 2}}, ...]`, applied in order to each
-            training batch; or `auto`, which is resolved when the images are known.
-    """
-
-    name: str
-    about: str = ""
-    data: DataConfig = DataConfig()
-    augment: list[dict[str, dict[str, Any]]] | Literal["auto"] = []
-    model: ModelConfig = ModelConfig()
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig = TrainConfig()
+    name: str = Field(description="Name of the recipe; by default that of its file.")
+    about: str = Field(default="", description="One line for the list of recipes.")
+    data: DataConfig = Field(
+        default=DataConfig(), description="The data set, its image size and its splits."
+    )
+    augment: list[dict[str, dict[str, Any]]] | Literal["auto"] = Field(
+        default=[],
+        description="Random changes of the training images, applied in order to each batch: "
+        "[RandomHorizontalFlip, {RandomCrop: {padding: 2}}, ...]. auto: chosen by size and "
+        "channels of the images. []: none.",
+    )
+    model: ModelConfig = Field(
+        default=ModelConfig(), description="The network and the weights that it starts with."
+    )
+    optim: OptimConfig = Field(
+        default=OptimConfig(),
+        description="The optimizer, its schedule, the loss, and regularization.",
+    )
+    train: TrainConfig = Field(
+        default=TrainConfig(),
+        description="Epochs, batch size, choice of weights, and how steps are computed.",
+    )
 
     @property
     def operations(self) -> Operations:
@@ -645,7 +852,7 @@ def _check_tree(
         raise UsageError(
             "; ".join(messages[:ERRORS_SHOWN]) + more,
             where=where,
-            fix="`convlens recipes NAME --json` prints every key of a recipe with its value",
+            fix="`convlens recipes NAME --keys` explains every key of a recipe",
         )
     return recipe
 

@@ -6,8 +6,19 @@ import math
 import re
 
 import pytest
+from hypothesis import given, strategies as st
+from typer.main import get_command
 
-from convlens.cli.common import OTHER_NAMES, PANELS, print_json, split_commas
+from convlens.cli.common import (
+    OTHER_NAMES,
+    PANELS,
+    _edit_distance,
+    _option_names,
+    app,
+    is_typo,
+    print_json,
+    split_commas,
+)
 from helpers.commands import here, refused
 
 
@@ -43,6 +54,24 @@ def test_help_has_one_example_per_line_and_no_type_tags(
     assert "[dim]" not in done.out
 
 
+def test_help_explains_every_option_and_argument_and_lists_rare_ones_last() -> None:
+    for name in (name for names in PANELS.values() for name in names):
+        command = get_command(app).commands[name]  # type: ignore[attr-defined]
+        for each in command.params:
+            assert each.hidden or each.help.endswith((".", "...")), f"{name} {each.name}"
+        titles = [line for line in here(name, "-h").out.splitlines() if line.startswith("╭─")]
+        assert titles[-1].startswith("╭─ Options ─")
+
+
+def test_options_of_train_are_grouped_by_question() -> None:
+    out = here("train", "-h").out
+    titles = ["This run", "Earlier runs", "Several runs", "Options"]
+    positions = [out.index(f"╭─ {title} ─") for title in titles]
+    assert positions == sorted(positions)
+    assert out.index("│ --fresh") < out.index("│ --seeds") < out.index("│ --figures")
+    assert "--json" not in here("predict", "-h").out, "--format json does the same"
+
+
 @pytest.mark.parametrize(
     ("typed", "parts"),
     [
@@ -59,13 +88,21 @@ def test_help_has_one_example_per_line_and_no_type_tags(
         ("evaluate x --epochs 3", ["no such option: --epochs\n", "evaluate -h` lists the opt"]),
         ("train digits --seeds many", ["invalid value for '--seeds': ", "train -h"]),
         ("train digits --name", ["'--name' requires an argument", "COMMAND -h"]),
-        ("train", ["missing argument 'RECIPE|FILE.yaml|DATA'\n"]),
+        ("train", ["missing argument 'DATA|RECIPE|FILE.yaml'\n"]),
         ("trian digits", ["no such command 'trian' (did you mean train?)", "-h` lists the comm"]),
         ("data digits", ["no such command 'data' (did you mean audit or augment or shard?)"]),
         ("doctor mine", ["no such command 'doctor' (did you mean diagnose?)"]),
         ("train x --settings all", ["no such option: --settings (did you mean --variants?)"]),
         ("train x --splits 3", ["no such option: --splits (did you mean --repeat-splits?)"]),
         ("evaluate x --splits 3", ["no such option: --splits (did you mean --split?)"]),
+        ("train x --test", ["no such option: --test; it is an option of labels\n"]),
+        ("train x --no-figures", ["no such option: --no-figures\n"]),
+        ("train x --no-fresh", ["no such option: --no-fresh\n"]),
+        ("export x --top 3", ["no such option: --top; it is an option of predict, serve\n"]),
+        ("predict x --fresh", ["no such option: --fresh; it is an option of train, labels\n"]),
+        ("train x --determinstic", ["(did you mean --deterministic?)"]),
+        ("train x --repeat 3", ["(did you mean --repeat-splits?)"]),
+        ("train x --frozen", ["no such option: --frozen\n"]),
         ("predcit x", ["no such command 'predcit' (did you mean predict?)"]),
         ("--versoin", ["no such option: --versoin (did you mean --version?)"]),
     ],
@@ -79,6 +116,35 @@ def test_usage_errors_have_the_form_of_all_errors(typed: str, parts: list[str]) 
     for part in parts:
         assert " ".join(part.split()) in message, done.err
     assert len(done.err.splitlines()) <= 5
+
+
+def test_options_of_other_commands_are_never_replaced_by_similar_ones() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    options = {name: _option_names(command) for name, command in commands.items()}
+    for name, own in options.items():
+        for other in {option for theirs in options.values() for option in theirs} - {*own}:
+            message = here(name, "x", "y", other).err
+            assert "did you mean" not in message, message
+
+
+@given(st.text("abcdefgh", min_size=4, max_size=12), st.integers(0, 11))
+def test_a_slip_of_one_letter_is_a_typo_and_the_opposite_is_not(name: str, index: int) -> None:
+    index %= len(name)
+    assert is_typo(f"--{name}", f"--{name}")
+    assert is_typo(f"--{name}x", f"--{name}")
+    assert is_typo(f"--{name[:index]}x{name[index + 1 :]}", f"--{name}")
+    assert is_typo(f"--{name[:3]}", f"--{name}"), "a beginning"
+    assert not is_typo(f"--no-{name}", f"--{name}")
+    assert not is_typo(f"--{name}", f"--no-{name}")
+    assert not is_typo("--yyyyyyyy", f"--{name}")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "distance"),
+    [("", "ab", 2), ("name", "nmae", 1), ("fold", "folds", 1), ("seed", "feet", 2), ("a", "a", 0)],
+)
+def test_edit_distance_counts_slips(first: str, second: str, distance: int) -> None:
+    assert _edit_distance(first, second) == _edit_distance(second, first) == distance
 
 
 @pytest.mark.parametrize(

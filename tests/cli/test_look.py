@@ -13,6 +13,8 @@ import pytest
 import convlens
 from convlens.cli.common import print_json
 from convlens.errors import UsageError
+from convlens.interpret.attribution_methods import METHODS
+from convlens.interpret.measure import NAMES
 from convlens.run import RunDir
 from helpers.commands import Done, command, here, picture, refused
 from helpers.support import TINY
@@ -135,6 +137,27 @@ def test_help_names_the_arguments() -> None:
     done: Done = here("look", "--help")
     assert done.code == 0
     assert "RUN... [IMAGE]..." in done.out
+
+
+@pytest.mark.usefixtures("figures_of_one_pixel")
+def test_ready_made_views_stand_for_options() -> None:
+    inside = here("look", "one", "val:0", "--inside", "--json").json
+    assert [each["name"] for each in inside["images"]] == ["val:0"]
+    assert [each["layer"] for each in inside["filters"]] == ["stage1.0"]
+    assert inside["attribution"] is inside["measures"] is None
+    both = here("look", "one", "val:0", "--why", "--knows", "--measure", "dead,rank", "--json").json
+    (image,) = both["attribution"]["models"][0]["images"]
+    assert set(image["ranges"]) == {*METHODS}
+    assert both["attribution"]["models"][0]["sanity"] is not None
+    assert set(both["measures"]["measures"]) == {"dead", "rank"}, "options that are set are kept"
+    assert both["images"] == both["filters"] == []
+
+
+def test_help_names_all_methods_and_measurements() -> None:
+    out = here("look", "--help").out
+    for name in (*METHODS, *NAMES):
+        assert name in out
+    assert out.index("Ready-made views") < out.index("Fine control: layers")
 
 
 # The sealed test split

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convlens import recipe
 from convlens.cli.results import _print_duplicates, stdout_console
 from convlens.data.duplicates import DuplicateGroup, Duplicates
 from helpers.commands import DIGITS, NET, here, pictures
@@ -25,7 +24,19 @@ def test_results_go_to_stdout_and_status_messages_to_stderr() -> None:
     assert "models/mine/model.safetensors" in done.out
     assert "plots/mine" in done.out
     assert "epoch" not in done.out.replace("weights of epoch", "")
-    assert "convlens predict mine IMAGE" in done.err
+    assert ": confidence " in done.out
+    following = [line.split("convlens ")[1] for line in done.err.splitlines()[-3:]]
+    assert [line.split()[:2] for line in following] == [
+        ["report", "mine"],
+        ["look", "mine"],
+        ["predict", "mine"],
+    ]
+
+
+def test_after_a_training_without_test_the_evaluation_is_proposed_first() -> None:
+    done = here("train", *DIGITS, "--name", "mine", "--no-test")
+    assert "next: convlens evaluate mine " in done.err
+    assert "convlens report mine " in done.err
 
 
 def test_number_of_uses_of_the_test_set_is_printed() -> None:
@@ -104,16 +115,6 @@ def test_notes_on_the_data_are_printed_once_by_each_command() -> None:
     assert done.err.count(copies) == 1
     audited = here("audit", root).out.splitlines()
     assert audited[0].startswith(summary)
-
-
-def test_recipes_lists_and_prints_every_recipe() -> None:
-    table = here("recipes").out
-    for name in recipe.recipe_names():
-        assert name in table
-        assert here("recipes", name).out == recipe.recipe_text(name)
-    assert here("recipes", "digits", "--json").json == recipe.load_recipe("digits").model_dump(
-        mode="json"
-    )
 
 
 def test_names_that_contain_markup_are_printed_verbatim() -> None:

@@ -27,7 +27,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     1: ("utils", "metrics", "models", "uncertainty", "run_folders"),
     2: ("recipe", "device", "distributed", "plots"),
     3: ("data", "optim", "serialization", "runtime"),
-    4: ("engine", "run"),
+    4: ("engine", "run", "recipe_reference"),
     5: ("onnx_model", "prediction", "run_plots"),
     6: ("evaluation",),
     7: ("training", "model_export"),
@@ -299,11 +299,12 @@ def test_nothing_is_unpickled() -> None:
         ["-m", "convlens", "--version"],
         ["-m", "convlens", "train", "--help"],
         ["-m", "convlens", "recipes"],
+        ["-m", "convlens", "recipes", "folder", "--keys"],
         ["-c", "import convlens; dir(convlens)"],
         ["-c", "import convlens.recipe; convlens.recipe.load_recipe('mnist')"],
         ["-c", "import convlens.explore.server"],
     ],
-    ids=["help", "version", "train-help", "recipes", "import", "recipe", "explore"],
+    ids=["help", "version", "train-help", "recipes", "keys", "import", "recipe", "explore"],
 )
 def test_what_needs_no_torch_does_not_import_it(command: list[str]) -> None:
     run = subprocess.run(

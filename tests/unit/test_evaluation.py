@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convlens import Run
+from convlens import Run, evaluation as evaluations
 from convlens.data.dataset import load_data
 from convlens.engine import inference
 from convlens.errors import DataError, ModelFileError, UsageError
@@ -46,6 +46,8 @@ KEYS = {
     "loss",
     "ece",
     "ece_uncalibrated",
+    "ece_by_chance",
+    "confidence",
     "temperature",
     "selective",
     "sets",
@@ -460,6 +462,17 @@ def test_temperature_changes_the_calibration_error_but_not_accuracy_and_loss(
     assert after.ece == pytest.approx(cooler - 0.3, abs=1e-6)
     out = here("evaluate", model.path, "--data", root).out
     assert f"calibration error {after.ece:.3f} ({before.ece:.3f} before calibration)" in out
+    # Three of ten are right. By chance alone, the error of ten images is as large as the last one.
+    assert (before.confidence, after.confidence) == pytest.approx((green, cooler), abs=1e-6)
+    assert before.ece_by_chance is not None
+    assert before.ece_by_chance < before.ece
+    assert after.ece_by_chance is not None
+    assert after.ece_by_chance > after.ece
+    words = f"confidence is {100 * (green - 0.3):.1f} points too high"
+    assert evaluations.sentence(before.to_dict()).endswith(words)
+    assert "confidence agrees with accuracy" in out
+    of_earlier_version = {**before.to_dict(), "ece_by_chance": None, "confidence": None}
+    assert evaluations.sentence(of_earlier_version).endswith(f"calibration error {before.ece:.3f}")
 
 
 def test_promises_are_measured_on_the_split(model: RunDir) -> None:

@@ -9,6 +9,21 @@ from convlens import metrics
 from convlens.errors import DataError
 
 
+@pytest.mark.parametrize(
+    ("error", "chance", "surplus", "words"),
+    [
+        (0.045, 0.02, 0.041, "confidence is 4.1 points too high"),
+        (0.187, 0.02, -0.187, "confidence is 18.7 points too low"),
+        (0.02, 0.02, 0.02, "confidence agrees with accuracy, as far as this many images can show"),
+        (0.1, 0.02, 0.01, "confidence is too high for some images and too low for others"),
+    ],
+)
+def test_calibration_is_described_in_words(
+    error: float, chance: float, surplus: float, words: str
+) -> None:
+    assert metrics.Calibration(error, chance, surplus).in_words() == words
+
+
 def test_certain_predictions_have_no_error_by_chance() -> None:
     assert metrics.ece_by_chance(np.eye(3)[[0, 1, 2, 0]]) == 0
 

@@ -229,8 +229,8 @@ def find_label_errors(
     with quiet_mode(quiet):
         all_data = _load_data(recipe.data, folds, select_device(device))
         print_status(
-            f"{folds} models of [bold]{name or recipe.name}[/], each trained without one fold of "
-            "the images"
+            f"trains {folds} models of [bold]{name or recipe.name}[/], each without one fold of "
+            f"the images: this takes {folds} times as long as one training"
         )
         table = train_many(
             {None: resolved},

@@ -21,7 +21,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
-from convlens.cli import analyze, explore, info, look, serve, train, weights
+from convlens.cli import analyze, explore, info, look, recipes, serve, train, weights
 from convlens.cli.common import Figures, app
 from convlens.errors import ConvlensError, Diverged, ResourceError, Stopped, UsageError
 from convlens.utils import options, process
@@ -37,6 +37,7 @@ __all__ = [
     "info",
     "look",
     "main",
+    "recipes",
     "run",
     "serve",
     "train",
@@ -56,23 +57,26 @@ def _print_version(requested: bool) -> None:
 @app.callback()
 def root(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show full Python tracebacks, for bug reports.")
+    ] = False,
     figures: Figures = None,
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
-    """Train, test and look inside convolutional image classifiers.
+    """Train an image classifier on your own photos, test it honestly, and see why it decides.
 
-    `convlens COMMAND -h` describes a command.
+    Start with `convlens train PHOTOS/`, a folder with one sub-folder per class. `convlens COMMAND
+    -h` explains a command.
 
     Examples:
-        convlens train digits
-        convlens predict digits seven.png
-        convlens report digits
+        convlens train photos/
+        convlens predict photos-1a2b3c new.jpg
+        convlens report photos-1a2b3c
     """
     if process.world_size() > 1 and context.invoked_subcommand not in DISTRIBUTED_COMMANDS:
         raise UsageError(

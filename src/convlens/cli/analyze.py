@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from convlens.cli import completion
 from convlens.cli.common import (
     Command,
     DataOption,
@@ -64,7 +65,9 @@ def compare(
         list[str],
         typer.Argument(
             metavar="RUN RUN... [KEY=VALUE]...",
-            help="Names or folders of runs, or model files; then how to read DATA.",
+            help="Trained models: the first one, and those that are compared with it; then how to "
+            "read DATA.",
+            autocompletion=completion.complete_run,
         ),
     ],
     split: Split = None,
@@ -73,17 +76,17 @@ def compare(
         bool,
         typer.Option(
             "--force",
-            help="Compare even if images or classes differ (no significance test).",
+            help="Compare although images or classes differ, then without a test.",
         ),
     ] = False,
     device: DeviceOption = None,
     figures: Figures = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare runs with the first one: a table, and a significance test for each.
+    """Find out whether one model is really better: runs on the same images, with a test.
 
-    Runs that differ only in their seeds form one group. A comparison on the test set is one use of
-    it for each run.
+    Each run is compared with the first one. Runs that differ only in their seeds form one group. A
+    comparison on test images is logged as a use of them, for each run.
 
     Examples:
         convlens compare resnet18 resnet18-noaug
@@ -108,10 +111,11 @@ def compare(
 
 @app.command(cls=Command)
 def diagnose(run: RunArgument, device: DeviceOption = None, as_json: JsonOption = False) -> None:
-    """Diagnose a run: overfitting, learning rate, dead layers, slow loading and more.
+    """Find out what went wrong in a training, and what to change.
 
-    Reads the learning curves and evaluates some training and validation images. The test set is not
-    used.
+    Looks for overfitting, underfitting, a wrong learning rate, dead layers, unequal classes, slow
+    loading and more in the learning curves and on some training and validation images. The test
+    images are not used.
 
     Examples:
         convlens diagnose mnist
@@ -129,17 +133,22 @@ def labels(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="DATA|RUN|RECIPE", help="Data set, or a run or recipe that uses it."
+            metavar="DATA|RUN|RECIPE",
+            help="Images, or a run or recipe that uses them.",
+            autocompletion=completion.complete_source,
         ),
     ],
     overrides: OverridesArgument = None,
     data: DataOption = None,
     folds: Annotated[
-        int, typer.Option(min=2, metavar="K", help="Number of models; each one checks one fold.")
+        int,
+        typer.Option(
+            min=2, metavar="K", help="Number of models to train; each checks a share of the images."
+        ),
     ] = 5,
     test: Annotated[
         bool,
-        typer.Option("--test", help="Also check the labels of the test set (counts as a use)."),
+        typer.Option("--test", help="Also check the labels of test images (logged as a use)."),
     ] = False,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the runs.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train the models again.")] = False,
@@ -149,7 +158,9 @@ def labels(
 ) -> None:
     """Find labels that are probably wrong: a sheet of images and a CSV file to correct.
 
-    Trains one model for each fold and checks the images of the fold with it.
+    Trains 5 models, so it takes 5 times as long as one training (--folds 3: 3 times). Each image
+    is judged by a model that was not trained on it. `convlens explore` then corrects them by
+    keyboard.
 
     Examples:
         convlens labels photos/
@@ -176,25 +187,32 @@ def labels(
 def report(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Names or folders of runs, or model files."),
+        typer.Argument(
+            metavar="RUN...",
+            help="Trained models; several are compared.",
+            autocompletion=completion.complete_run,
+        ),
     ],
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FILE", help="Output file.")
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="File to write. Default: plots/RUN/report.html."
+        ),
     ] = None,
     audit: Annotated[
         bool | None,
         typer.Option(
             "--audit/--no-audit",
-            help="Include an audit of all images; by default for small data sets.",
+            help="Check every image of the data set, too. Default: for small sets.",
         ),
     ] = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write an HTML page about a run, or one that compares several runs.
+    """Write one HTML page about a model: verdict, curves, confusions, examples, what it sees.
 
-    The page is a single file. It shows the test set only if the run has used it before; then each
-    page is one more use.
+    The page is a single file without requests to other hosts. It shows test results only if the
+    test images were used before; then each page is logged as one more use.
 
     Examples:
         convlens report resnet18
@@ -224,7 +242,8 @@ def print_comparison(result: Comparison) -> None:
     images = "all images" if result.split == "all" else f"{result.split} split"
     out.print(
         f"{images} of {escape(result.data)}, {counts} images; MFLOPs for one image (a "
-        "multiply-add counts as two); images/s of inference on this machine"
+        "multiply-add counts as two); images/s of inference on this machine; trained s depends on "
+        "what else the machine did"
     )
     for verdict in result.verdicts:
         style = "bold" if verdict.differs else "not bold"
@@ -346,7 +365,9 @@ def label_conclusion(report: LabelReport) -> list[str]:
     """Return the findings as sentences that claim no more than the data support."""
     n, k = len(report.images), len(report.suspects)
     images = "images (including the test split)" if report.tested else "images"
-    lines = [
+    # First, so that nobody takes the estimate for a fact.
+    lines = [LOW_AGREEMENT_WARNING] if k and report.accuracy < LOW_AGREEMENT else []
+    lines += [
         f"{k:,} of {n:,} labels are suspected ({k / n:.1%}); {report.noise:.1%} of all are "
         f"estimated to be wrong. {report.folds} models agree with {report.accuracy:.1%} of the "
         f"labels of {images} that they were not trained on."
@@ -356,8 +377,6 @@ def label_conclusion(report: LabelReport) -> list[str]:
             "Suspected, not proven: a hard or unusual image looks the same to a model. "
             + PLANTED_ERRORS
         )
-    if k and report.accuracy < LOW_AGREEMENT:
-        lines.append(LOW_AGREEMENT_WARNING)
     if report.disputed:
         lines.append(
             f"{report.disputed:,} pairs of copies under two labels are not included: "

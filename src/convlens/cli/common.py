@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 import typer.core
 
+from convlens.cli import completion
 from convlens.errors import UsageError, did_you_mean_suffix, lookup
 from convlens.utils import options
 
@@ -32,6 +33,7 @@ PANELS = {
     "Hand over": ("export", "serve"),
     "Other": ("recipes", "weights", "info"),
 }
+MIN_ABBREVIATION = 3  # letters of a beginning that is understood as a longer option
 NAME_COLUMN_WIDTH = 28  # maximum, of options and commands in a help page
 # Old names and those of other tools, for the suggestion in the error message. They are not aliases.
 OTHER_NAMES = {
@@ -111,7 +113,8 @@ class CommandGroup(typer.core.TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]
-        if name not in self.commands and not name.startswith("-"):
+        is_unknown = name not in self.commands and not name.startswith("-")
+        if is_unknown and not ctx.resilient_parsing:  # as while a shell completes a line
             close = OTHER_NAMES.get(name.casefold()) or difflib.get_close_matches(
                 name, self.commands
             )
@@ -155,7 +158,7 @@ def _print_help(command: Any, ctx: Any) -> None:
     _print_panel(
         console, "Arguments", [(each.metavar or "", each.help or "") for each in arguments]
     )
-    panels: dict[str, list[tuple[str, str]]] = {"Options": []}
+    panels: dict[str, list[tuple[str, str]]] = {}
     for option in visible:
         if isinstance(option, typer.core.TyperOption):
             panel = getattr(option, "rich_help_panel", None) or "Options"
@@ -166,7 +169,7 @@ def _print_help(command: Any, ctx: Any) -> None:
             text = inspect.cleandoc(command.get_command(ctx, name).help or "")
             summary = " ".join(text.partition("\n\n")[0].split())
             panels.setdefault(panel_of.get(name, "Other"), []).append((name, summary))
-        panels["Options"] = panels.pop("Options")  # last, since they are rarely needed
+    panels["Options"] = panels.pop("Options", [])  # last, since they are rarely needed
     for title, rows in panels.items():
         _print_panel(console, title, rows)
 
@@ -226,13 +229,70 @@ def translate_usage_errors() -> Iterator[None]:
                 what = f"no such option: {option}; this is a recipe key"
                 fix = " or ".join(f"{key}=VALUE" for key in keys) + f"; {fix}"
             elif type(error).__name__ == "NoSuchOption":
-                what = f"no such option: {option}{did_you_mean_suffix(_close_options(error))}"
+                what = _describe_unknown_option(error)
         raise UsageError(what[:1].lower() + what[1:].rstrip("."), fix=fix) from error
 
 
-def _close_options(error: Any) -> Sequence[str]:
-    """Return the options that a mistyped or renamed option may mean."""
-    return _renamed_options(error) or error.possibilities or ()
+def _describe_unknown_option(error: Any) -> str:
+    """Return the message about an unknown option, with those that it may mean, or their commands.
+
+    Only options that are hardly different are proposed: one with another effect, such as
+    `--no-test` for `--test`, might be tried.
+    """
+    option = error.option_name
+    what = f"no such option: {option}"
+    if renamed := _renamed_options(error):
+        return what + did_you_mean_suffix(renamed)
+    if not error.ctx:
+        return what
+    commands = getattr(error.ctx.find_root().command, "commands", {})
+    owners = [
+        name
+        for names in PANELS.values()
+        for name in names
+        if name in commands and option in _option_names(commands[name])
+    ]
+    if owners:
+        return f"{what}; it is an option of {', '.join(owners)}"
+    own = _option_names(error.ctx.command)
+    return what + did_you_mean_suffix([name for name in own if is_typo(option, name)])
+
+
+def _option_names(command: Any) -> list[str]:
+    """Return the long names of a command's options that its help lists."""
+    options = [each for each in command.params if not getattr(each, "hidden", False)]
+    return [name for each in options for name in each.opts if name.startswith("--")]
+
+
+def is_typo(typed: str, name: str) -> bool:
+    """Return whether an option is a beginning of another one, or differs from it by a slip.
+
+    A slip is a letter that is wrong, missing or too much, or two that are exchanged; in names of
+    seven letters or more there may be two.
+    """
+    first, second = typed.strip("-").replace("_", "-"), name.strip("-")
+    if first.startswith("no-") != second.startswith("no-"):
+        return False
+    if len(first) >= MIN_ABBREVIATION and second.startswith(first):
+        return True
+    shorter = min(len(first), len(second))
+    allowed = 2 if shorter >= 7 else 1 if shorter >= 4 else 0
+    return _edit_distance(first, second) <= allowed
+
+
+def _edit_distance(first: str, second: str) -> int:
+    """Return the number of insertions, deletions, replacements and exchanges of neighbors."""
+    rows = [list(range(len(second) + 1))]
+    for i, letter in enumerate(first, 1):
+        row = [i]
+        for j, other in enumerate(second, 1):
+            cost = letter != other
+            best = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + cost)
+            if i > 1 and j > 1 and letter == second[j - 2] and first[i - 2] == other:
+                best = min(best, rows[-2][j - 2] + 1)
+            row.append(best)
+        rows.append(row)
+    return rows[-1][-1]
 
 
 def _renamed_options(error: Any) -> list[str]:
@@ -252,51 +312,61 @@ app = typer.Typer(
     name="convlens",
     cls=CommandGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-DATA_HELP = "Built-in name, folder, CSV file or other list, or the name of a folder under data/."
+DATA_HELP = (
+    "Images: a folder with one sub-folder per class, a list of images (CSV and others), shards, a "
+    "built-in set (digits, shapes, mnist, cifar10 ...), or the name of a folder under data/."
+)
+DEVICE_HELP = "cpu, cuda, cuda:1 or mps. Default: the fastest one."
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 HostOption = Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")]
 DeviceOption = Annotated[
     str | None,
-    typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 or mps; by default the fastest one."),
+    typer.Option(
+        metavar="DEVICE",
+        help=DEVICE_HELP,
+        autocompletion=lambda incomplete: completion.one_of(incomplete, "cpu", "cuda", "mps"),
+    ),
 ]
 Split = Annotated[
     str | None,
     typer.Option(
         metavar="test|val|train",
-        help="Split to evaluate; by default test, or all images of DATA if it has no splits.",
+        help="Images to use. Default: test, or all images of DATA if it has no splits.",
+        autocompletion=lambda incomplete: completion.one_of(incomplete, "test", "val", "train"),
     ),
 ]
 TtaOption = Annotated[
     str | None,
     typer.Option(
         metavar="VIEWS",
-        help="Test-time augmentation, reported beside the result without it: flip, or flip+shifts "
-        "(shifts of 1 pixel in 32). Only for classes that mirroring does not change.",
+        help="Also average the answers for mirrored (flip) or mirrored and shifted (flip+shifts) "
+        "copies of each image, beside the plain answer. Not for text or digits.",
+        autocompletion=lambda incomplete: completion.one_of(incomplete, "flip", "flip+shifts"),
     ),
 ]
 MinAccuracyOption = Annotated[
     str | None,
     typer.Option(
         metavar="SHARE",
-        help="Answer only where this accuracy, e.g. 95%, is promised for images like those of the "
-        "validation split; otherwise 'unsure'.",
+        help="Answer 'unsure' where this accuracy, e.g. 95%, can't be promised for images like "
+        "those of the validation split.",
     ),
 ]
 ConfidenceOption = Annotated[
-    str, typer.Option(metavar="SHARE", help="Probability that the promise holds.")
+    str, typer.Option(metavar="SHARE", help="Probability with which that promise holds.")
 ]
 PredictionSetOption = Annotated[
     str | None,
     typer.Option(
         metavar="SHARE",
-        help="Sets of classes that contain the true one for this share of images, e.g. 90%.",
+        help="Also print a set of classes that holds the true one for this share of images, e.g. "
+        "90%.",
     ),
 ]
 MaxPixelsOption = Annotated[
@@ -304,20 +374,38 @@ MaxPixelsOption = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Refuse image files with more pixels; by default the limit of the training, mostly "
-        "89 million.",
+        help="Refuse image files with more pixels. Default: the limit of the training, mostly 89 "
+        "million.",
     ),
 ]
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="Name or folder of a run, or a model file.")
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A trained model: name or folder of a run, or a model file.",
+        autocompletion=completion.complete_run,
+    ),
 ]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, e.g. optim.lr=0.1"),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Change the recipe, e.g. train.epochs=20 optim.lr=0.01 data.image_size=96. All keys: "
+        "`convlens recipes folder --keys`.",
+        autocompletion=completion.complete_key,
+    ),
+]
+DataOverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="How to read DATA, e.g. image_size=96 fit=pad val_fraction=0.2.",
+        autocompletion=completion.complete_data_key,
+    ),
 ]
 DataOption = Annotated[
     str | None,
-    typer.Option(metavar="DATA", help=DATA_HELP),
+    typer.Option(metavar="DATA", help=DATA_HELP, autocompletion=completion.complete_data),
 ]
 
 
@@ -334,8 +422,9 @@ Figures = Annotated[
     str | None,
     typer.Option(
         metavar="svg|pdf|none",
-        help="Also write every figure as SVG or PDF; none: draw only requested figures.",
+        help="Also save every figure as SVG or PDF; none: draw only what was requested.",
         callback=_set_figures,
+        autocompletion=lambda incomplete: completion.one_of(incomplete, "svg", "pdf", "none"),
     ),
 ]
 
@@ -343,7 +432,11 @@ Figures = Annotated[
 # Beside `--data`, in commands that name one run.
 DataKeysArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="How to read DATA, e.g. data.images=photos"),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="How to read DATA, e.g. data.images=photos.",
+        autocompletion=completion.complete_data_key,
+    ),
 ]
 _DATA_KEY = re.compile(r"(data\.)?[a-z_]+=")
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from convlens.cli import completion
 from convlens.cli.common import Command, DeviceOption, HostOption, app
 
 
@@ -15,13 +16,16 @@ def explore(
         list[str] | None,
         typer.Argument(
             metavar="[RUN]...",
-            help="Names or folders of runs, or model files; by default all runs here.",
+            help="Trained models. Default: all runs in this folder.",
+            autocompletion=completion.complete_run,
         ),
     ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="DATA", help="Data set to show beside those of the runs; may be repeated."
+            metavar="DATA",
+            help="Images to browse, besides those of the runs; may be repeated.",
+            autocompletion=completion.complete_data,
         ),
     ] = None,
     port: Annotated[
@@ -30,7 +34,7 @@ def explore(
             min=0,
             max=65535,
             metavar="N",
-            help="Port; by default a free one.",
+            help="Port. Default: a free one.",
             show_default=False,
         ),
     ] = 0,
@@ -42,18 +46,19 @@ def explore(
         bool,
         typer.Option(
             "--allow-remote",
-            help="Let other machines use the page, without encryption: needs --host and --token.",
+            help="Let other machines open the page, without encryption; needs --host and --token.",
         ),
     ] = False,
     token: Annotated[
         str | None,
-        typer.Option(metavar="TOKEN", help="Secret in the URL; by default a random one."),
+        typer.Option(metavar="TOKEN", help="Secret in the address. Default: a random one."),
     ] = None,
     device: DeviceOption = None,
 ) -> None:
-    """Open a page in the browser that shows what models make of images.
+    """Try models in the browser: drop, draw or photograph an image, and see why they decide.
 
-    The page is served on this machine only. Its URL is printed; Ctrl-C ends it.
+    Also shows trainings while they run, browses data sets and corrects labels. The page is served
+    on this machine only. Ctrl-C ends it.
 
     Examples:
         convlens explore digits

@@ -21,9 +21,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 @app.command(cls=Command)
 def info(as_json: JsonOption = False) -> None:
-    """Show versions, device, threads, memory budget and folders.
-
-    Please add this to a bug report.
+    """Show versions, device, threads, memory and folders, for bug reports.
 
     Examples:
         convlens info

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from convlens.cli import completion
 from convlens.cli.common import (
     Command,
     DeviceOption,
@@ -33,10 +34,12 @@ if TYPE_CHECKING:
 
 
 # Titles of the panels of options.
-LAYERS = "Layers"
-ATTRIBUTION = "Attribution"
-IMAGE_SETS = "Over a set of images"
+QUESTIONS = "Ready-made views"
+LAYERS = "Fine control: layers"
+ATTRIBUTION = "Fine control: heat maps"
+IMAGE_SETS = "Fine control: many images"
 
+METHODS = ("grad-cam", "grad-cam++", "integrated-gradients", "occlusion")
 FILES_LISTED = 8  # figures that are listed by name
 MEASURE_HEADINGS = {
     "probe": "probe %",
@@ -53,15 +56,41 @@ NetworksArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="RUN... [IMAGE]... [KEY=VALUE]...",
-        help="Runs, or networks of torchvision or timm (NAME[:WEIGHTS]); then images: files, "
-        "test:17, worst:5, class:NAME:3; then how to read DATA, e.g. data.images=photos.",
+        help="Trained models, or networks of torchvision or timm (NAME[:WEIGHTS]); then images: "
+        "files, val:17, worst:5 (the most confident mistakes on test images), class:NAME:3; then "
+        "how to read DATA. Default: a few validation images.",
+        autocompletion=completion.complete_run_or_image,
+    ),
+]
+WhyOption = Annotated[
+    bool,
+    typer.Option(
+        "--why",
+        help="Why this class? Heat maps by all methods, and tests whether they can be trusted.",
+        rich_help_panel=QUESTIONS,
+    ),
+]
+InsideOption = Annotated[
+    bool,
+    typer.Option(
+        "--inside",
+        help="What happens inside? Activations of every block, and the filters of the first layer.",
+        rich_help_panel=QUESTIONS,
+    ),
+]
+KnowsOption = Annotated[
+    bool,
+    typer.Option(
+        "--knows",
+        help="What does each block know? All measurements over many images (--measure all).",
+        rich_help_panel=QUESTIONS,
     ),
 ]
 LayersOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME,...",
-        help="Layers to show; by default the stem and each block.",
+        help="Layers to show. Default: the stem and each block.",
         rich_help_panel=LAYERS,
     ),
 ]
@@ -69,21 +98,22 @@ OrderOption = Annotated[
     str,
     typer.Option(
         metavar="active|index",
-        help="Order of channels: the most active first, or by index.",
+        help="Order of channels: most active first, or by index.",
+        autocompletion=lambda incomplete: completion.one_of(incomplete, "active", "index"),
         rich_help_panel=LAYERS,
     ),
 ]
 ChannelsOption = Annotated[
     int | None,
     typer.Option(
-        min=1, metavar="N", help="Number of channels to show per layer.", rich_help_panel=LAYERS
+        min=1, metavar="N", help="Number of channels to show of each layer.", rich_help_panel=LAYERS
     ),
 ]
 FiltersOption = Annotated[
     str | None,
     typer.Option(
         metavar="first|LAYER,...",
-        help="Show the kernels of the first or any other convolution.",
+        help="Draw the kernels of the first or another convolution.",
         rich_help_panel=LAYERS,
     ),
 ]
@@ -91,7 +121,7 @@ TopImagesOption = Annotated[
     str | None,
     typer.Option(
         metavar="LAYER,...",
-        help="Show the images that activate each channel most.",
+        help="Images of a split that activate each channel most.",
         rich_help_panel=LAYERS,
     ),
 ]
@@ -99,7 +129,7 @@ DreamOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="LAYER[:CHANNEL,...]",
-        help="Optimize inputs that activate the channels (activation maximization).",
+        help="Synthesize inputs that activate the channels (feature visualization).",
         rich_help_panel=LAYERS,
     ),
 ]
@@ -107,7 +137,9 @@ AttributionOption = Annotated[
     str | None,
     typer.Option(
         metavar="METHOD,...|all",
-        help="Attribution maps: grad-cam, grad-cam++, integrated-gradients, occlusion.",
+        help="Heat maps of the pixels that support a class: grad-cam, grad-cam++, "
+        "integrated-gradients, occlusion.",
+        autocompletion=lambda incomplete: completion.list_of(incomplete, "all", *METHODS),
         rich_help_panel=ATTRIBUTION,
     ),
 ]
@@ -116,19 +148,25 @@ ClassOption = Annotated[
     typer.Option(
         "--class",
         metavar="NAME",
-        help="Class to explain; by default the predicted one.",
+        help="Class to explain. Default: the predicted one.",
+        autocompletion=completion.complete_class,
         rich_help_panel=ATTRIBUTION,
     ),
 ]
 CamLayerOption = Annotated[
     str | None,
-    typer.Option(metavar="LAYER", help="Layer for Grad-CAM.", rich_help_panel=ATTRIBUTION),
+    typer.Option(
+        metavar="LAYER",
+        help="Layer of Grad-CAM. Default: the deepest with maps of 3x3 pixels or more.",
+        rich_help_panel=ATTRIBUTION,
+    ),
 ]
 SanityOption = Annotated[
     bool,
     typer.Option(
         "--sanity",
-        help="Check the maps: randomize the weights; delete and insert the marked pixels.",
+        help="Test whether the maps can be trusted: with random weights, and by deleting and "
+        "inserting the marked pixels.",
         rich_help_panel=ATTRIBUTION,
     ),
 ]
@@ -136,21 +174,28 @@ MeasureOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME,...|all",
-        help="Measure every stage: probe, picture, rank, dead, similarity and others.",
+        help="Measure each block: probe (linear probe of the class), separability, picture "
+        "(reconstruction), rank, sparsity, blank, dead (channels), fineness, similarity (CKA).",
+        autocompletion=lambda incomplete: completion.list_of(
+            incomplete, "all", *MEASURE_HEADINGS, "similarity"
+        ),
         rich_help_panel=IMAGE_SETS,
     ),
 ]
 UntrainedOption = Annotated[
     bool,
     typer.Option(
-        "--untrained", help="Also measure an untrained network.", rich_help_panel=IMAGE_SETS
+        "--untrained",
+        help="Also measure the same network with random weights.",
+        rich_help_panel=IMAGE_SETS,
     ),
 ]
 EmbeddingOption = Annotated[
     str | None,
     typer.Option(
         metavar="pca|tsne",
-        help="Plot a map of the penultimate features.",
+        help="Map of the features before the head, in two dimensions.",
+        autocompletion=lambda incomplete: completion.one_of(incomplete, "pca", "tsne"),
         rich_help_panel=IMAGE_SETS,
     ),
 ]
@@ -159,7 +204,7 @@ NearestOption = Annotated[
     typer.Option(
         min=0,
         metavar="K",
-        help="Show the K nearest training images of each image.",
+        help="The K training images that are most similar to each image.",
         rich_help_panel=IMAGE_SETS,
     ),
 ]
@@ -167,8 +212,9 @@ SplitOption = Annotated[
     str | None,
     typer.Option(
         metavar="test|val|train",
-        help="Split to read images from; by default val. A command that shows test images or "
-        "numbers from them is one use of the test set, which is logged.",
+        help="Images to read. Default: val. What is shown of test images is logged as a use of "
+        "them.",
+        autocompletion=lambda incomplete: completion.one_of(incomplete, "test", "val", "train"),
         rich_help_panel=IMAGE_SETS,
     ),
 ]
@@ -176,7 +222,8 @@ DataOption = Annotated[
     str | None,
     typer.Option(
         metavar="DATA",
-        help="Another data set instead of the run's own, or its new place if it has moved.",
+        help="Other images than those of the run, or their new folder if they have moved.",
+        autocompletion=completion.complete_data,
         rich_help_panel=IMAGE_SETS,
     ),
 ]
@@ -185,6 +232,9 @@ DataOption = Annotated[
 @app.command(cls=Command)
 def look(
     names: NetworksArgument,
+    why: WhyOption = False,
+    inside: InsideOption = False,
+    knows: KnowsOption = False,
     layers: LayersOption = None,
     order: OrderOption = "active",
     channels: ChannelsOption = None,
@@ -202,20 +252,22 @@ def look(
     split: SplitOption = None,
     data: DataOption = None,
     max_pixels: MaxPixelsOption = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed for random choices.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed.")] = 0,
     device: DeviceOption = None,
     figures: Figures = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Look inside networks: activations, filters, attribution maps, measurements of stages.
+    """See what a network sees: activations of every block, filters, heat maps, measurements.
+
+    Without options it draws the activations. Several models are drawn side by side.
 
     Examples:
         convlens look RUN
-        convlens look RUN OTHER cat.png worst:3
-        convlens look resnet18:default cat.png
-        convlens look RUN --filters first
-        convlens look RUN test:17 --attribution all
-        convlens look RUN OTHER --measure all
+        convlens look RUN cat.png --why
+        convlens look RUN OTHER --knows
+        convlens look resnet18:default cat.png --inside
+        convlens look RUN val:17 --attribution grad-cam --class dog
+        convlens look RUN --top-images layer4 --split val
         convlens look RUN worst:3 --data new.csv data.images=photos
     """
     from convlens.interpret import inputs, look as interpret_look
@@ -242,6 +294,8 @@ def look(
         max_pixels=max_pixels,
         seed=seed,
     )
+    chosen = {"why": why, "inside": inside, "knows": knows}
+    options = options.with_views([view for view, is_chosen in chosen.items() if is_chosen])
     options.check(names)
     opened = inputs.open_look_inputs(
         names,
@@ -299,7 +353,8 @@ def print_look(result: Look) -> None:
     for path in figures[:FILES_LISTED]:
         out.print(escape(f"plot   {path}"))
     count = len(result.files)
-    out.print(escape(f"{count} file{'s' * (count != 1)}  {result.opened.folder}"))
+    files = f"all {count} files" if count > 1 else "1 file"
+    out.print(escape(f"{files} in  {result.opened.folder}"))
 
 
 def _print_layers(result: Look, index: int, name: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:  # these import torch, which `convlens recipes` must not wait 
     from convlens.evaluation import Evaluation
     from convlens.model_export import Export
     from convlens.prediction import Prediction, PredictionColumns
-    from convlens.recipe import Recipe
     from convlens.reports.build import Report
     from convlens.run import RunDir
 
@@ -51,7 +51,7 @@ def make_table(*columns: str, title: str = "") -> Table:
 
 
 def print_run_summary(run_dir: RunDir) -> None:
-    """Print the result of a training, the paths of its files and a command to try next."""
+    """Print the result of a training, the paths of its files and commands to try next."""
     from convlens import evaluation  # imports torch, which `convlens recipes` must not wait for
 
     metadata = run_dir.metadata()
@@ -65,7 +65,23 @@ def print_run_summary(run_dir: RunDir) -> None:
         out.print(evaluation.sentence(test_results[-1]))
     out.print(escape(f"model  {run_dir.model_path}"))
     _print_plots_folder(out, run_dir)
-    print_status(f"next: [bold]convlens predict {run_dir.name} IMAGE...[/]")
+    print_status(f"next: {_next_commands(run_dir, is_tested=bool(test_results))}")
+
+
+def _next_commands(run_dir: RunDir, *, is_tested: bool) -> str:
+    """Return the commands that are most useful after a training, one per line."""
+    run = shlex.quote(run_dir.name)
+    commands = {
+        f"convlens report {run}": "one page: verdict, curves, confusions, examples",
+        f"convlens look {run} --why": "heat maps of what decides",
+        f"convlens predict {run} IMAGE...": "classify new images",
+    }
+    if not is_tested:
+        commands = {f"convlens evaluate {run}": "use the test images"} | commands
+    shown = list(commands.items())[:3]
+    width = max(len(command) for command, _ in shown)
+    lines = (f"[bold]{escape(command):<{width}}[/]  [dim]{words}[/]" for command, words in shown)
+    return "\n      ".join(lines)
 
 
 def print_evaluation(result: Evaluation, run_dir: RunDir) -> None:
@@ -105,18 +121,6 @@ def _print_plots_folder(out: Console, run_dir: RunDir) -> None:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
-
-
-def print_recipes(recipes: Mapping[str, Recipe], variants: Mapping[str, Sequence[str]]) -> None:
-    """Print the name and purpose of every recipe and its number of variants."""
-    table = make_table("recipe", "data")
-    table.add_column("what it is", justify="left")
-    for name, recipe in recipes.items():
-        count = len(variants[name])
-        more = f"; {count} variants" if count else ""
-        table.add_row(name, recipe.data.name, escape(recipe.about + more))
-    stdout_console().print(table)
-    print_status("[dim]`convlens recipes NAME` prints a recipe, `convlens train NAME` trains it[/]")
 
 
 def print_audit(report: Audit, sheet: Path) -> None:

@@ -24,14 +24,14 @@ from convlens.cli.common import (
 def serve(
     run: RunArgument,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0 for any free one.")
+        int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0: any free one.")
     ] = 8000,
     host: HostOption = "127.0.0.1",
     allow_remote: Annotated[
         bool,
         typer.Option(
             "--allow-remote",
-            help="Let other machines use the model, without encryption: needs --host and --token.",
+            help="Let other machines use the model, without encryption; needs --host and --token.",
         ),
     ] = False,
     token: Annotated[
@@ -51,9 +51,9 @@ def serve(
     max_pixels: MaxPixelsOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Answer requests for predictions: POST an image to /predict.
+    """Answer HTTP requests for predictions: POST an image to /predict.
 
-    Prints its URL when it is ready. Ctrl-C or SIGTERM ends it, after the requests in flight.
+    Prints its address when it is ready. Ctrl-C or SIGTERM ends it after the requests in flight.
 
     Examples:
         convlens serve digits

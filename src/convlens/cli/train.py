@@ -1,4 +1,4 @@
-"""Commands for models and data: `train evaluate predict export audit augment shard recipes`.
+"""Commands for models and data: `train evaluate predict export audit augment shard`.
 
 Also the table of several runs (variants, splits, seeds, folds) that `train` prints.
 """
@@ -15,12 +15,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from convlens.cli import completion
 from convlens.cli.common import (
     DATA_HELP,
+    DEVICE_HELP,
     Command,
     ConfidenceOption,
     DataKeysArgument,
     DataOption,
+    DataOverridesArgument,
     DeviceOption,
     Figures,
     JsonOption,
@@ -46,6 +49,8 @@ if TYPE_CHECKING:  # these import torch, which `--help` must not wait for
     from convlens.training.repeats import RunOutcome, RunResults, VariantSummary
 
 Row = dict[str, str]
+# Titles of the panels of options of `train`.
+THIS_RUN, EARLIER_RUNS, SEVERAL_RUNS = "This run", "Earlier runs", "Several runs"
 PREDICT_EXAMPLE = (
     "name files or folders: convlens predict digits a.png new/; or pipe an image or names"
 )
@@ -69,51 +74,123 @@ def train(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="RECIPE|FILE.yaml|DATA",
-            help="Recipe to train, or a data set for the default recipe.",
+            metavar="DATA|RECIPE|FILE.yaml",
+            help="Your images (a folder with one sub-folder per class, a list, shards), a built-in "
+            "set (digits, mnist, cifar10 ...), a recipe (`convlens recipes`) or a recipe file.",
+            autocompletion=completion.complete_training,
         ),
     ],
     overrides: OverridesArgument = None,
-    data: DataOption = None,
-    variants: Annotated[
-        str | None, typer.Option(metavar="all|NAME,...", help="Train these variants of the recipe.")
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Train the recipe on these images instead of its own.",
+            autocompletion=completion.complete_data,
+            rich_help_panel=THIS_RUN,
+        ),
     ] = None,
-    repeat_splits: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Repeat over N random data splits.")
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Name of the run. Default: that of the recipe or data set.",
+            rich_help_panel=THIS_RUN,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="DEVICE", help=DEVICE_HELP, rich_help_panel=THIS_RUN),
+    ] = None,
+    no_test: Annotated[
+        bool,
+        typer.Option(
+            "--no-test",
+            help="Do not use the test images now; `convlens evaluate` does so later.",
+            rich_help_panel=THIS_RUN,
+        ),
+    ] = False,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="Use deterministic algorithms only: exactly repeatable on this machine, somewhat "
+            "slower.",
+            rich_help_panel=THIS_RUN,
+        ),
+    ] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Start over in a new run, instead of resuming or reusing the old one.",
+            rich_help_panel=EARLIER_RUNS,
+        ),
+    ] = False,
+    extend: Annotated[
+        bool,
+        typer.Option(
+            "--extend",
+            help="Continue a finished run for more epochs; train.epochs is the new total.",
+            rich_help_panel=EARLIER_RUNS,
+        ),
+    ] = False,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Repeat with N random seeds, for mean ± sd: 3 to 5 tell progress from luck.",
+            rich_help_panel=SEVERAL_RUNS,
+        ),
     ] = 1,
-    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Repeat with N seeds.")] = 1,
+    repeat_splits: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Repeat with N random divisions into train, validation and test, for mean ± sd.",
+            rich_help_panel=SEVERAL_RUNS,
+        ),
+    ] = 1,
     folds: Annotated[
         int | None,
-        typer.Option(min=2, metavar="K", help="K-fold cross-validation; the test set is not used."),
+        typer.Option(
+            min=2,
+            metavar="K",
+            help="K-fold cross-validation; the test images are not used.",
+            rich_help_panel=SEVERAL_RUNS,
+        ),
     ] = None,
     refit: Annotated[
         bool,
         typer.Option(
             "--refit",
-            help="Choose the number of epochs on validation, then retrain on train+val and test "
-            "that model.",
+            help="Choose the number of epochs on validation, then train again on training and "
+            "validation images together, and test that model.",
+            rich_help_panel=SEVERAL_RUNS,
         ),
     ] = False,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Train again in a new folder.")] = False,
-    extend: Annotated[
-        bool, typer.Option("--extend", help="Continue a finished run that has fewer epochs.")
-    ] = False,
-    no_test: Annotated[bool, typer.Option("--no-test", help="Do not use the test set.")] = False,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Use deterministic algorithms only.")
-    ] = False,
-    device: DeviceOption = None,
+    variants: Annotated[
+        str | None,
+        typer.Option(
+            metavar="all|NAME,...",
+            help="Train named variants of the recipe and compare them.",
+            rich_help_panel=SEVERAL_RUNS,
+        ),
+    ] = None,
     figures: Figures = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a recipe, or the default recipe on your own images, and test the model once.
+    """Train a classifier on a folder of images (one sub-folder per class), or a ready-made recipe.
 
-    Run the same command again to resume a stopped run. A finished run is not trained again.
+    The model is tested once, on images that it never saw. The same command resumes a stopped run,
+    and shows the result of a finished one again; any change starts a new run.
 
     Examples:
-        convlens train mnist
-        convlens train photos/ data.image_size=96
+        convlens train photos/
+        convlens train photos/ train.minutes=10 data.fit=pad
+        convlens train mnist train.epochs=15
         convlens train digits --seeds 5
         convlens train digits --folds 5
         convlens train resnet18-pretrained --variants all
@@ -165,14 +242,11 @@ def evaluate(
     figures: Figures = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Evaluate a trained model on one of its splits or on another data set.
+    """Measure accuracy, scores of each class and confusions on the test images, or on other images.
 
-    Each completed command that shows images, labels or predictions of a run's test split, or
-    numbers computed from them, is one use of it; a command that fails costs none. results.json
-    logs the uses. A run that extends another one, or starts from its weights, inherits its uses.
-
-    DATA with exactly the images of the run, which may have moved, is recognized: the run's own
-    split is evaluated.
+    Each command that shows something of a run's test images is logged as one use of them: the more
+    often they are used for decisions, the less their accuracy means. DATA with the images of the
+    run itself, which may have moved, is recognized.
 
     Examples:
         convlens evaluate digits
@@ -210,14 +284,23 @@ def predict(
         list[str] | None,
         typer.Argument(
             metavar="[PATH]...",
-            help="Files, folders, globs, or - for stdin: one image, or names, one per line.",
+            help="Images: files, folders, globs, or - for standard input (an image, or names, one "
+            "per line).",
+            autocompletion=completion.complete_image,
         ),
     ] = None,
     top: Annotated[
-        int, typer.Option("--top", "-k", min=1, metavar="K", help="Number of classes to show.")
+        int, typer.Option("--top", "-k", min=1, metavar="K", help="Number of classes to print.")
     ] = 1,
     output: Annotated[
-        str, typer.Option("--format", "-f", metavar="table|csv|json", help="Output format.")
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="table|csv|json",
+            help="Output format.",
+            autocompletion=lambda incomplete: completion.one_of(incomplete, "table", "csv", "json"),
+        ),
     ] = "table",
     tta: TtaOption = None,
     min_accuracy: MinAccuracyOption = None,
@@ -228,19 +311,22 @@ def predict(
         typer.Option(
             "--range",
             metavar="LOW,HIGH",
-            help="Values of 16-bit, 32-bit and float images that become black and white; by "
-            "default those of the training.",
+            help="Values of 16-bit, 32-bit and float images that become black and white. Default: "
+            "those of the training.",
         ),
     ] = None,
     max_pixels: MaxPixelsOption = None,
     device: DeviceOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Same as --format json.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Same as --format json.", hidden=True)
+    ] = False,
 ) -> None:
-    """Classify image files and print file name, label and probability.
+    """Classify images: prints file name, label and probability of each one.
 
     Examples:
         convlens predict digits a.png b.png
-        convlens predict digits new/ -k 3 --format csv
+        convlens predict digits new/*.png -k 3
+        convlens predict digits new/ --format csv > answers.csv
         convlens predict models/digits/model.onnx a.png
         convlens predict digits new/ --min-accuracy 95%
         find . -name '*.png' | convlens predict digits -
@@ -317,24 +403,32 @@ def export(
     run: RunArgument,
     keys: DataKeysArgument = None,
     to: Annotated[
-        list[str] | None, typer.Option(metavar="onnx|torch", help="Formats, separated by commas.")
+        list[str] | None,
+        typer.Option(
+            metavar="onnx|torch",
+            help="Formats, separated by commas. Default: onnx.",
+            autocompletion=lambda incomplete: completion.list_of(incomplete, "onnx", "torch"),
+        ),
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FILE", help="Output file.")
+        str | None,
+        typer.Option("--output", "-o", metavar="FILE", help="File to write. Default: in the run."),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
             metavar="DATA",
-            help="Images for the numerical check; by default the run's validation images.",
+            help="Images for the check. Default: validation images of the run.",
+            autocompletion=completion.complete_data,
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Export a model for other programs and check on real images that the outputs agree.
+    """Write ONNX or PyTorch files for other programs, checked on real images to answer the same.
 
-    The exported model takes a batch of uint8 images of any size N, normalizes them itself and
-    returns logits and probabilities. A file that does not agree with convlens is deleted.
+    The exported model takes uint8 images [N, C, H, W] with any N, normalizes them itself and
+    returns logits and probabilities. If its answers differ from those of convlens, no file is
+    written.
 
     Examples:
         convlens export digits
@@ -358,20 +452,24 @@ def export(
 
 @app.command(cls=Command)
 def audit(
-    data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
-    overrides: OverridesArgument = None,
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help=DATA_HELP, autocompletion=completion.complete_data)
+    ],
+    overrides: DataOverridesArgument = None,
     strict: Annotated[
         bool,
         typer.Option(
             "--strict",
-            help="Exit with code 3 if files are unreadable, if copies are in several splits or "
-            "under two labels, or if training would refuse the data set.",
+            help="Exit with code 3 if anything is wrong, for scripts: unreadable files, copies in "
+            "several splits or under two labels, or a set that training would refuse.",
         ),
     ] = False,
     figures: Figures = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a data set before training: counts, sizes, unreadable files, duplicates.
+    """Check a data set before training: counts, unreadable files, duplicates, leaks.
+
+    Draws a contact sheet. Nothing is changed.
 
     Examples:
         convlens audit photos/
@@ -395,14 +493,21 @@ def audit(
 @app.command(cls=Command)
 def augment(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE|FILE.yaml", help="Recipe whose augmentation to draw.")
+        str,
+        typer.Argument(
+            metavar="RECIPE|FILE.yaml",
+            help="Recipe with the augmentation.",
+            autocompletion=completion.complete_recipe,
+        ),
     ],
-    data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
-    overrides: OverridesArgument = None,
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help=DATA_HELP, autocompletion=completion.complete_data)
+    ],
+    overrides: DataOverridesArgument = None,
     figures: Figures = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw a batch of training images before and after a recipe's augmentation, as in training.
+    """Draw training images before and after the augmentation of a recipe.
 
     Examples:
         convlens augment tiny-cpu cifar10
@@ -424,12 +529,16 @@ def augment(
 
 @app.command(cls=Command)
 def shard(
-    data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="New folder for the shards.")],
-    overrides: OverridesArgument = None,
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help=DATA_HELP, autocompletion=completion.complete_data)
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to create.")],
+    overrides: DataOverridesArgument = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a data set as shards (tar files in WebDataset format).
+    """Write a data set as shards, which are read faster if there are very many images.
+
+    Shards are tar files in the format of WebDataset.
 
     Examples:
         convlens shard photos/ photos-shards
@@ -443,37 +552,6 @@ def shard(
     if not as_json:
         print_shards(written)
     print_json(as_json, written.to_dict())
-
-
-@app.command(cls=Command)
-def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Recipe to print.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List the recipes, or print one of them as a recipe file.
-
-    Examples:
-        convlens recipes
-        convlens recipes mnist > mine.yaml
-        convlens recipes mnist --json
-    """
-    from convlens.cli.results import print_recipes
-    from convlens.recipe import load_recipe, recipe_names, recipe_text, variants
-
-    if name is not None:
-        text = recipe_text(name)
-        if as_json:
-            content = load_recipe(name).model_dump(mode="json")
-            of_recipe = variants(name)
-            print_json(True, content | ({"variants": of_recipe} if of_recipe else {}))
-        else:
-            sys.stdout.write(text)
-        return
-    loaded = {each: load_recipe(each) for each in recipe_names()}
-    if as_json:
-        print_json(True, {each: recipe.about for each, recipe in loaded.items()})
-    else:
-        print_recipes(loaded, {each: list(variants(each)) for each in loaded})
 
 
 def _raise_if_flawed(report: Audit) -> None:

@@ -26,17 +26,17 @@ TITLES = {
 def weights(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[get NAME]", help="Download the weights called NAME."),
+        typer.Argument(metavar="[get NAME]", help="Download weights by their name."),
     ] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="List the weights of all networks of torchvision.")
+        bool, typer.Option("--all", help="List all networks of torchvision.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """List pretrained weights to start with: size, licence, accuracy, and whether they are here.
 
-    For weights that are not here, the list has the path to put the file at and the command that
-    downloads it. Nothing is downloaded without `get`. Packages are installed with pip.
+    Weights that are not here are listed with the command that downloads them and, for machines
+    without internet, with the path where their file is expected. Only `get` downloads anything.
 
     Examples:
         convlens weights

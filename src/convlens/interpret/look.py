@@ -37,6 +37,12 @@ from convlens.utils.console import print_status
 KERNEL_ROWS = 48  # channels of a deeper layer whose kernels are shown, one row each
 TOP_IMAGE_ROWS = 16  # channels whose top images are shown, one row each
 ALL = "all"
+# Ready-made views: the options that `--why`, `--inside` and `--knows` stand for.
+VIEWS: dict[str, dict[str, Any]] = {
+    "why": {"attribution": (ALL,), "sanity": True},
+    "inside": {"draw_activations": True, "filters": ("first",)},
+    "knows": {"measure": (ALL,)},
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class LookOptions:
         data: another data set than the run's own; may be a data section of a recipe with the keys
             to read it.
         max_pixels: larger image files are refused; by default the limit of the training.
+        draw_activations: draw the activations of the images also beside other views.
         seed: of optimized inputs, measurements and embeddings.
     """
 
@@ -84,7 +91,21 @@ class LookOptions:
     split: str | None = None
     data: str | Path | DataConfig | None = None
     max_pixels: int | None = None
+    draw_activations: bool = False
     seed: int = 0
+
+    def with_views(self, names: Sequence[str]) -> LookOptions:
+        """Return a copy with the options of ready-made views (`VIEWS`) where they are not set.
+
+        Raises:
+            UsageError: unknown view.
+        """
+        options = self
+        for name in names:
+            for key, value in lookup(VIEWS, name, "view").items():
+                if not getattr(options, key):
+                    options = replace(options, **{key: value})
+        return options
 
     def check(self, images: Sequence[str] = ()) -> None:
         """Check the options before anything is opened.
@@ -158,13 +179,15 @@ class LookOptions:
     @property
     def needs_images(self) -> bool:
         """Whether to choose example images if none are named."""
-        shows_images = bool(self.layers or self.attribution or self.nearest)
+        shows_images = bool(
+            self.draw_activations or self.layers or self.attribution or self.nearest
+        )
         return shows_images or not (self.filters or self.uses_split)
 
     @property
     def activations(self) -> bool:
         """Whether to draw the activations of the images."""
-        return bool(self.layers) or not (
+        return bool(self.draw_activations or self.layers) or not (
             self.attribution or self.nearest or self.measure or self.embedding
         )
 

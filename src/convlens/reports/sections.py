@@ -10,7 +10,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -81,41 +81,13 @@ INSIDE_FOLDER = "report"
 ConfusionTable = npt.NDArray[np.int64]  # [K, K], rows are true classes
 
 
-class Calibration(NamedTuple):
-    """Agreement of confidence and accuracy.
-
-    Attributes:
-        error: expected calibration error (ECE).
-        chance: the error that chance alone explains.
-        surplus: mean confidence minus accuracy.
-    """
-
-    error: float
-    chance: float
-    surplus: float
-
-    @property
-    def is_good(self) -> bool:
-        return self.error <= self.chance
-
-    @property
-    def label(self) -> str:
-        """A short verdict, e.g. `overconfident`."""
-        if self.is_good:
-            return "within chance"
-        # Overconfident in some bins and underconfident in others: the mean says little.
-        if abs(self.surplus) < self.error / 2:
-            return "badly calibrated"
-        return "overconfident" if self.surplus > 0 else "underconfident"
-
-
-def measure_calibration(contents: ReportContents) -> Calibration | None:
+def measure_calibration(contents: ReportContents) -> metrics.Calibration | None:
     """Return the calibration of a run; None without predictions for single images."""
     if contents.predictions is None or contents.summary is None:
         return None
     probs = contents.predictions.probs
     surplus = float(probs.max(axis=1).mean()) - float(contents.summary["accuracy"])
-    return Calibration(contents.summary["ece"], metrics.ece_by_chance(probs), surplus)
+    return metrics.Calibration(contents.summary["ece"], metrics.ece_by_chance(probs), surplus)
 
 
 def run_verdict(contents: ReportContents) -> str:
@@ -171,7 +143,7 @@ def _train_gap(train: TrainAccuracy, correct: int, n: int) -> str:
     return f"{-points:.1f} points above {training}"
 
 
-def _describe_calibration(calibration: Calibration) -> str:
+def _describe_calibration(calibration: metrics.Calibration) -> str:
     if calibration.is_good:
         return "its confidence agrees with its accuracy, as far as this many images can show"
     error = f"calibration error {100 * calibration.error:.1f} points"

@@ -402,11 +402,11 @@ class ProgressDisplay:
             if self._monitor not in ("val_loss", "val_accuracy"):
                 name = self._monitor.removeprefix("val_").replace("_", " ").replace("f1", "F1")
                 validation += f"{name} {row[self._monitor]:.2%}  "
-        star = " *" if best == row["epoch"] else ""
+        mark = "  <- best" if best == row["epoch"] else ""
         print_status(
             f"epoch {row['epoch']:>3.0f}/{self._epochs}  "
             f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.2%}  "
-            f"{validation}{row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s{star}"
+            f"{validation}{row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s{mark}"
         )
 
     def shorten(self, epochs: int) -> None:

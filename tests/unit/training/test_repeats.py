@@ -12,7 +12,6 @@ import pytest
 
 import convlens
 from convlens import Run
-from convlens.cli.results import print_recipes
 from convlens.errors import UsageError
 from convlens.metrics import mean_sd, variance_components, wilson_interval
 from convlens.recipe import load_recipe
@@ -441,16 +440,3 @@ def test_an_invalid_recipe_is_refused_before_the_first_run() -> None:
     with pytest.raises(UsageError, match="adamm"):
         train_many({None: resolved}, seeds=2)
     assert not Path("models").exists()
-
-
-def test_the_list_of_recipes_shows_the_number_of_variants(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    path = variants_file()
-    print_recipes(
-        {"few": load_recipe(path), "digits": load_recipe("digits")},
-        {"few": ["a", "b"], "digits": []},
-    )
-    first_line, digits = capsys.readouterr().out.strip().splitlines()[-2:]
-    assert first_line.rstrip().endswith("; 2 variants")
-    assert "variants" not in digits

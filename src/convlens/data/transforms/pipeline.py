@@ -306,7 +306,9 @@ def build_pipeline(
         try:
             entry = lookup(table, name, "augmentation")
         except UsageError as error:
-            problems.append(f"{error.what} ({error.fix})")
+            suggests = error.fix.startswith("did you mean")
+            problems.append(f"{error.what} ({error.fix})" if suggests else error.what)
+            signatures |= {} if suggests else {error.fix: None}
             continue
         context = RuleContext(image_size, channels, arguments)
         argument_problems = _find_problems(name, entry, arguments, context)
