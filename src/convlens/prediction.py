@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +27,14 @@ from torch import Tensor, nn
 from convlens import metrics
 from convlens.data.arrays import ValueRange, check_range, to_uint8
 from convlens.data.conversion import by_itself_note, not_finite_note
-from convlens.data.decode import Conversion, DeepFacts, DeepReport, Pixels, UnreadableImage
+from convlens.data.decode import (
+    Conversion,
+    DeepFacts,
+    DeepReport,
+    Pixels,
+    UnreadableImage,
+    read_bytes,
+)
 from convlens.data.input_images import (
     ImageLike,
     InputBatch,
@@ -35,10 +45,11 @@ from convlens.data.input_images import (
 )
 from convlens.device import Plan, preserve_torch_settings, usable_cores
 from convlens.engine import inference
-from convlens.engine.inference import Forward, place_model
+from convlens.engine.inference import Forward, ModelOutputs, place_model
 from convlens.errors import UsageError, check_count
 from convlens.onnx_model import load_model_or_onnx
 from convlens.run import LoadedModel, Preprocessing, RunLike, as_run_dir
+from convlens.uncertainty.calibration import ModelCalibration, OutlierDetector
 from convlens.uncertainty.promises import Promises, ShareLike
 from convlens.utils import notebook
 from convlens.utils.console import print_status, progress_bar, quiet_mode
@@ -46,12 +57,34 @@ from convlens.utils.process import submit_task, wait_for_result
 
 # Files that a thread decodes in one task: submitting a task costs as much as decoding a small file.
 IMAGES_PER_TASK = 16
+MAX_FEW_CLASSES = 64  # up to which numbers are faster than arrays
 MAX_BATCH_IMAGES, MAX_BATCH_BYTES = 256, 1 << 23  # two batches are read ahead
+
+
+class _Computed:
+    """A field whose value may be a function; it is called when the field is first read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object | None, owner: type) -> Any:
+        if instance is None:
+            return None  # the default of the field
+        value = instance.__dict__[self._name]
+        if callable(value):
+            value = instance.__dict__[self._name] = value()
+        return value
+
+    def __set__(self, instance: object, value: object) -> None:
+        instance.__dict__[self._name] = value
 
 
 @dataclass(frozen=True, repr=False)
 class Prediction:
     """The most probable classes of one image, or the reason why it could not be read.
+
+    For a single image `unlike` and `unlike_score` are computed when they are first read: comparing
+    it with the stored training images takes as long as a small network.
 
     Attributes:
         filename: path of the file; for an image in memory, its number among all images.
@@ -72,8 +105,11 @@ class Prediction:
     tta_top: tuple[tuple[str, float], ...] = ()
     unsure: bool = False
     prediction_set: tuple[str, ...] | None = None
-    unlike: bool | None = None
-    unlike_score: float | None = None
+    unlike: bool | None = cast(None, _Computed())
+    unlike_score: float | None = cast(None, _Computed())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def label(self) -> str | None:
@@ -240,8 +276,10 @@ class Predictor:
         with preserve_torch_settings():
             self._threads = torch.get_num_threads()
             self._plan = place_model(loaded.model, loaded.select_device(device))
-        if _uses_features(loaded):
+        self._with_features = _uses_features(loaded)
+        if self._with_features:
             inference.prepare_head_inputs(loaded.model)
+        self._layers = list(loaded.model.modules())
         # Measured once: `Forward` would attach hooks, which other threads would see.
         with preserve_torch_settings(self._plan.device):
             self._batch_size = inference.measure_batch_size(
@@ -281,11 +319,14 @@ class Predictor:
     ) -> list[Prediction]:
         """Classify images; arguments, result and errors are those of `convlens.predict`."""
         check_count("top_k", top_k)
+        promises = Promises.of(self._loaded.calibration, min_accuracy, confidence, prediction_set)
+        if quiet and tta is channels is range is max_pixels is None:
+            prediction = self._predict_file(inputs, min(top_k, len(self.classes)), promises)
+            if prediction is not None:
+                return [prediction]
         sources = collect_inputs(inputs, channels=channels)
         total = count_images(sources)
         reader = ImageReader(self._conversion, value_range=range, max_pixels=max_pixels)
-        calibration = self._loaded.calibration
-        promises = Promises.of(calibration, min_accuracy, confidence, prediction_set)
         is_trial = total >= inference.MIN_TRIAL_IMAGES and self._loaded.can_choose_memory_format
         forward = Forward(
             # A copy, since the memory format changes and other threads may be using the model.
@@ -312,6 +353,44 @@ class Predictor:
         )
         reader.warn()
         return predictions
+
+    def _predict_file(self, inputs: object, k: int, promises: Promises) -> Prediction | None:
+        """Return the prediction for one file, given its path or its bytes, without any detour.
+
+        The result is that of all other ways to give the image. For small networks, what is needed
+        for many images takes as long as the network.
+
+        Returns:
+            None for other inputs, for files that can't be read, and where there is something to
+            warn of.
+        """
+        if any(module.training for module in self._layers):  # somebody has changed the network
+            return None
+        deep: list[DeepFacts] = []
+        try:
+            if isinstance(inputs, bytes):
+                name, content = "0", inputs
+            elif isinstance(inputs, str | os.PathLike) and isinstance(os.fspath(inputs), str):
+                name, content = str(os.fspath(inputs)), read_bytes(inputs)
+            else:
+                return None
+            pixels = self._conversion.file(content, name, deep.append)
+        except UnreadableImage:
+            return None
+        if any(facts.by_itself or facts.not_finite for facts in deep):
+            return None
+        with self._settings():
+            outputs = inference.opened_outputs(
+                self.module,
+                torch.from_numpy(pixels[None].copy()),
+                self._normalize,
+                self._plan,
+                with_features=self._with_features,
+            )
+        if k > 1 or len(self.classes) > MAX_FEW_CLASSES or promises.coverage is not None:
+            arrays = _to_arrays(outputs, self._loaded.calibration.temperature)
+            return _answers(arrays, [name], k, self._loaded, promises)[0]
+        return _only_answer(outputs, name, self._loaded, promises)
 
     def warm_up(self, batch_size: int) -> None:
         """Run the network on blank images, and choose its memory format by timing.
@@ -530,19 +609,22 @@ def _answers(
     probs = outputs.probs
     tops, tta_tops = _top_classes(probs, k, loaded), _top_classes(outputs.tta_probs, k, loaded)
     sets = _set_classes(probs, loaded, promises)
-    scores = _outlier_scores(outputs, loaded)
+    detector, scores = loaded.calibration.detector, None
+    if detector is not None:
+        scores = _OutlierScores(outputs.logits, outputs.features, detector, loaded.calibration)
+    if scores is not None and len(names) > 1:  # at once; outputs of large batches are not kept
+        scores.compute()
     answers = []
     for row, name in enumerate(names):
         top = tops[row]
-        score = None if scores is None else float(scores[row])
         answer = Prediction(
             name,
             top,
             tta_top=tta_tops[row] if tta_tops else (),
             unsure=top[0][1] < promises.answer_from,
             prediction_set=None if sets is None else sets[row],
-            unlike=None if score is None else score > 0,
-            unlike_score=score,
+            unlike=None if scores is None else cast(None, partial(scores.is_unlike, row)),
+            unlike_score=None if scores is None else cast(None, partial(scores.of, row)),
         )
         answers.append(answer)
     return answers
@@ -561,16 +643,65 @@ def _set_classes(
     ]
 
 
-def _outlier_scores(outputs: BatchOutputs, loaded: LoadedModel) -> np.ndarray | None:
-    """Return how far the score of each row is above the threshold; None if there is none."""
+def _only_answer(
+    outputs: ModelOutputs, name: str, loaded: LoadedModel, promises: Promises
+) -> Prediction:
+    """Return the prediction of `_answers` for one image: the best of a few classes."""
     calibration = loaded.calibration
-    if calibration.detector is None or not len(outputs.logits):
-        return None
-    scored = calibration.detector.scores(outputs.logits, calibration.temperature, outputs.features)
-    if scored is None:
-        return None
-    scores, threshold = scored
-    return np.asarray(scores - threshold)
+    logits, features = outputs.logits, outputs.features
+    (row,) = logits.tolist()
+    if not math.isfinite(sum(row)):
+        metrics.softmax(logits.numpy(force=True))  # raises the error
+    probs = metrics.softmax_row(row, calibration.temperature)
+    prob = max(probs)
+    detector, unlike, score = calibration.detector, None, None
+    if detector is not None:
+        if not logits.is_cpu:  # its memory is not kept on a GPU
+            logits, features = logits.cpu(), None if features is None else features.cpu()
+        scores = _OutlierScores(logits, features, detector, calibration)
+        unlike, score = partial(scores.is_unlike, 0), partial(scores.of, 0)
+    return Prediction(
+        name,
+        ((loaded.classes[probs.index(prob)], prob),),
+        unsure=prob < promises.answer_from,
+        unlike=cast(None, unlike),
+        unlike_score=cast(None, score),
+    )
+
+
+class _OutlierScores:
+    """How far the scores of the images in a batch are above the threshold of the model."""
+
+    def __init__(
+        self,
+        logits: npt.NDArray[np.float32] | Tensor,
+        features: npt.NDArray[np.float32] | Tensor | None,
+        detector: OutlierDetector,
+        calibration: ModelCalibration,
+    ) -> None:
+        self._outputs: tuple[Any, Any] | None = logits, features
+        self._detector, self._temperature = detector, calibration.temperature
+        self._values: list[float] | None = None  # None: the model has no threshold
+
+    def compute(self) -> list[float] | None:
+        """Return the values of all images; the outputs are needed no longer."""
+        outputs = self._outputs
+        if outputs is not None and len(outputs[0]):
+            logits, features = outputs
+            scored = self._detector.scores(logits, self._temperature, features)
+            if scored is not None:
+                scores, threshold = scored
+                self._values = (scores - threshold).tolist()
+        self._outputs = None
+        return self._values
+
+    def of(self, row: int) -> float | None:
+        values = self.compute() if self._values is None else self._values
+        return None if values is None else values[row]
+
+    def is_unlike(self, row: int) -> bool | None:
+        score = self.of(row)
+        return None if score is None else score > 0
 
 
 def _top_classes(
@@ -677,9 +808,10 @@ class ImageReader:
                 InputEntry(str(number), pixels, facts=self._facts_of(image))
                 for number, (image, pixels) in enumerate(images, task.first)
             ]
-        return list(map(self._read_entry, task))
+        return list(map(self.read_entry, task))
 
-    def _read_entry(self, image: InputImage) -> InputEntry:
+    def read_entry(self, image: InputImage) -> InputEntry:
+        """Read an image that may be unreadable."""
         found: list[DeepFacts] = []
         try:
             pixels = self.read(image, found.append)
@@ -792,8 +924,11 @@ def _run_network(images: Sequence[Pixels], loaded: LoadedModel, forward: Forward
     # torch warns of other arrays.
     batch = images[0][None].copy() if len(images) == 1 else np.stack(images)
     outputs = inference.join_outputs(list(forward.outputs(torch.from_numpy(batch))))
-    temperature, augmented = loaded.calibration.temperature, outputs.tta_logits
-    logits = outputs.logits.numpy(force=True)
+    return _to_arrays(outputs, loaded.calibration.temperature)
+
+
+def _to_arrays(outputs: ModelOutputs, temperature: float) -> BatchOutputs:
+    logits, augmented = outputs.logits.numpy(force=True), outputs.tta_logits
     probs = metrics.softmax(logits, temperature)
     return BatchOutputs(
         logits,

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 from scipy.stats import binomtest
 from sklearn import metrics as reference
 
@@ -20,6 +21,19 @@ def random_outputs(classes: int, n: int = 400) -> tuple[np.ndarray, np.ndarray]:
     logits = generator.normal(size=(n, classes)).astype(np.float32)
     logits[np.arange(n), labels] += 1.5
     return logits, labels
+
+
+@given(
+    st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=70),
+    st.sampled_from([1.0, 0.3, 2.5]),
+)
+def test_the_row_of_one_image_has_the_bits_of_the_matrix(
+    logits: list[float], temperature: float
+) -> None:
+    matrix = np.array([logits], np.float32)
+    assert (
+        metrics.softmax_row(logits, temperature) == metrics.softmax(matrix, temperature)[0].tolist()
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 5, 10, 200])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import os
@@ -9,7 +10,7 @@ import pickle
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -26,7 +27,7 @@ from convlens.data.decode import UnreadableImage, decode
 from convlens.data.input_images import collect_inputs
 from convlens.device import Plan
 from convlens.engine.inference import split_logits
-from convlens.errors import UsageError
+from convlens.errors import DataError, UsageError
 from convlens.metrics import softmax
 from convlens.prediction import (
     Prediction,
@@ -809,6 +810,71 @@ def test_images_unlike_the_training_images_are_marked(model: RunDir) -> None:
     entry = here("predict", model.path, "a.png", "--json").json["predictions"][0]
     assert entry["unlike"] is True
     assert entry["unlike_score"] > 0
+
+
+@pytest.mark.parametrize("uses_features", [False, True])
+def test_one_file_has_the_prediction_of_a_list(model: RunDir, uses_features: bool) -> None:
+    """A path and the bytes of a file take a shorter way, with the same bits."""
+    detector = OutlierDetector(-1.0)
+    if uses_features:
+        detector = OutlierDetector(-1.0, 0.5, 2, np.ones((3, 1), np.float16))
+    run = Run(calibrated(model, detector=detector))
+    opened = run.open("cpu")
+    picture(Path("a.png"), (90, 160, 150), size=13)
+    Path("broken.png").write_bytes(b"no image")
+    Path("empty.png").touch()
+    Path("folder").mkdir()
+    picture(Path("folder/b.png"), DARK)
+    options: dict[str, Any]
+    for options in ({}, {"top_k": 2}):
+        by_name: list[Any] = ["a.png", Path("a.png"), "broken.png", "empty.png", "lost.png"]
+        for name in [*by_name, "folder", "fold*"]:
+            assert opened.predict(name, **options) == opened.predict([name], **options), name
+        content = Path("a.png").read_bytes()
+        assert opened.predict(content, **options) == opened.predict([content], **options)
+        assert (
+            opened.predict(content, **options)[0].top == opened.predict("a.png", **options)[0].top
+        )
+    assert opened.predict(Path("a.png"))[0].filename == "a.png"
+    assert opened.predict(content)[0].filename == "0"
+    with pytest.raises(DataError, match=r"not found: lost\*"):
+        opened.predict("lost*")
+    # A network that somebody has switched to training still predicts in eval mode.
+    expected = opened.predict("a.png")
+    opened.module.train()
+    assert opened.predict("a.png") == expected
+    assert opened.module.training
+
+
+def test_one_image_is_compared_with_the_training_images_when_that_is_read(
+    model: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    real = OutlierDetector.scores
+
+    def counting(detector: OutlierDetector, *arguments: Any) -> Any:
+        calls.append(arguments)
+        return real(detector, *arguments)
+
+    monkeypatch.setattr(OutlierDetector, "scores", counting)
+    reference = np.ones((3, 1), np.float16)
+    opened = Run(calibrated(model, detector=OutlierDetector(-1.0, 0.5, 2, reference))).open("cpu")
+    picture(Path("a.png"), DARK)
+    (prediction,) = opened.predict("a.png")
+    assert prediction.label == "dark"
+    assert not calls
+    read = pickle.loads(pickle.dumps(prediction))
+    assert len(calls) == 1
+    assert read == prediction == copy.deepcopy(prediction)
+    assert asdict(prediction)["unlike_score"] == prediction.unlike_score
+    assert prediction.unlike is (cast(float, prediction.unlike_score) > 0)
+    assert replace(prediction, unlike=None) != prediction
+    assert len(calls) == 1
+    # Several images are compared at once.
+    several = opened.predict(["a.png", "a.png"])
+    assert len(calls) == 2
+    assert [each.unlike_score for each in several] == [prediction.unlike_score] * 2
+    assert Prediction("a.png").unlike is None
 
 
 def test_features_come_from_the_same_forward_pass(

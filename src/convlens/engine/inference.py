@@ -114,6 +114,28 @@ def batch_outputs(
     return ModelOutputs(logits, mean, features[0] if features else None)
 
 
+@torch.inference_mode()
+def opened_outputs(
+    model: nn.Module, images: Tensor, normalize: Prepare, plan: Plan, *, with_features: bool
+) -> ModelOutputs:
+    """Like `batch_outputs`, for a network in eval mode.
+
+    Features are recorded by `prepare_head_inputs`, which was called before. For small networks the
+    contexts of `batch_outputs` take a tenth of the time of a pass.
+    """
+    features: list[Tensor] = []
+    token = _head_inputs.set(features if with_features else None)
+    try:
+        logits = model(normalize(images.to(plan.device), plan)).float()
+    except (RuntimeError, MemoryError) as error:
+        if oom.is_oom(error):
+            raise oom.out_of_memory_error(error) from error
+        raise
+    finally:
+        _head_inputs.reset(token)
+    return ModelOutputs(logits, None, features[0] if features else None)
+
+
 def has_penultimate_layer(model: nn.Module) -> bool:
     """Return whether the features of a network, the input of its head, can be read."""
     head = model_parts(model).head
