@@ -264,9 +264,15 @@ class OptimConfig(Section):
 
     Attributes:
         lr, layer_decay: `auto`: values for a training from scratch or from pretrained weights.
-        loss: `focal` multiplies the cross-entropy of an image by (1 - p)^focal_gamma, where p is
-            the probability of its class, so that images that are already classified well count
-            less (Lin et al. 2017).
+        loss: an entry of `engine.losses.LOSSES`. `focal` multiplies the cross-entropy of an image
+            by (1 - p)^focal_gamma, where p is the probability of its class, so that images that are
+            already classified well count less (Lin et al. 2017). `class_balanced` weights classes
+            by their effective number of images (Cui et al. 2019). `logit_adjusted` adds the log of
+            the class frequencies to the logits while training (Menon et al. 2021). `asymmetric`
+            counts classes other than the label less if their probability is small (Ridnik et al.
+            2021); it needs `label_smoothing`.
+        loss_options: of the loss: `beta`, `gamma` (class_balanced), `tau` (logit_adjusted),
+            `gamma_pos`, `gamma_neg` (asymmetric).
         class_weights: factors of the loss by class. `auto` makes all classes count equally in an
             epoch: n / (K n_c). Or `{name: weight}`, 1 for other classes. All are scaled to a mean
             of 1 over the training images.
@@ -292,7 +298,8 @@ class OptimConfig(Section):
     final: Fraction = 0.0  # at the end of linear and cosine, as a fraction of lr
     step_size: Annotated[float, Field(gt=0, le=1)] = 1 / 3
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    loss: str = "cross_entropy"
+    loss_options: dict[str, Any] = {}
     focal_gamma: Annotated[float, Field(gt=0, le=10)] = 2.0
     class_weights: str | dict[str, float] = "none"
     label_smoothing: Fraction = 0.0

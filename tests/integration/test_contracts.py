@@ -23,6 +23,7 @@ from convlens.data import download
 from convlens.data.sources import SOURCES, find_source
 from convlens.data.transforms.pipeline import AUGMENTS, MIXES
 from convlens.data.transforms.random import SampleInfo
+from convlens.engine.losses import LOSSES, LossInputs, build_loss, loss_options
 from convlens.errors import DataError
 from convlens.models import MODELS
 from convlens.optim import OPTIMIZERS, SCHEDULES
@@ -239,6 +240,52 @@ def test_an_optimizer_reduces_the_loss_and_its_state_can_be_saved(name: str) -> 
     for values in optimizer.state_dict()["state"].values():
         assert all(value is None or torch.is_tensor(value) for value in values.values())
     assert all(group["initial_lr"] == 0.05 for group in optimizer.param_groups)
+
+
+# Losses
+
+
+def loss_named(name: str, counts: list[float]) -> nn.Module:
+    config = OptimConfig(loss=name, label_smoothing=0.1)
+    return build_loss(LossInputs(config, counts))
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_losses_of_the_parts_of_a_batch_add_up(name: str, soft: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    loss = loss_named(name, [7.0, 4.0, 1.0, 0.0])
+    logits = torch.randn(12, 4, generator=generator).requires_grad_()
+    targets = torch.tensor([0] * 7 + [1] * 4 + [2])
+    if soft:  # as of MixUp
+        one_hot = nn.functional.one_hot(targets, 4).float()
+        targets = one_hot.lerp(one_hot.flip(0), 0.3)
+    whole = loss(logits, targets)
+    assert whole.shape == ()
+    assert whole.dtype == torch.float32
+    parts = zip(logits.split([7, 5]), targets.split([7, 5]), strict=True)
+    added = sum(len(rows) / 12 * loss(rows, labels) for rows, labels in parts)
+    torch.testing.assert_close(added, whole)
+    (gradient,) = torch.autograd.grad(whole, logits)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_a_loss_teaches_the_labels(name: str) -> None:
+    loss, labels = loss_named(name, [3.0, 2.0, 1.0]), torch.tensor([0, 0, 0, 1, 1, 2])
+    logits = torch.zeros(6, 3, requires_grad=True)
+    optimizer = torch.optim.SGD([logits], lr=5.0)
+    losses = []
+    for _ in range(20):
+        value = loss(logits, labels)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert losses[-1] < losses[0]
+    assert torch.equal(logits.argmax(1), labels)
+    options = loss_options(name)
+    assert json.loads(json.dumps(options)) == options  # as in a model file
 
 
 @pytest.mark.parametrize("name", list(SCHEDULES))

@@ -24,6 +24,7 @@ from convlens import metrics, serialization
 from convlens.data.dataset import Split
 from convlens.device import preserve_torch_settings, select_device
 from convlens.engine.inference import batch_logits, place_model
+from convlens.engine.losses import loss_of_guessing
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation import load_own_data
 from convlens.interpret.features import as_maps, record_outputs, stage_names
@@ -139,10 +140,9 @@ class RunEvidence:
     def loss_of_guessing(self) -> float:
         """The training loss of equal probabilities for all classes."""
         classes = max(self.classes, 2)
-        loss = math.log(classes)
-        if self.recipe is not None and self.recipe.optim.loss == "focal":
-            loss *= (1 - 1 / classes) ** self.recipe.optim.focal_gamma
-        return loss
+        if self.recipe is None:
+            return math.log(classes)
+        return loss_of_guessing(self.recipe.optim, classes)
 
     def require_recipe(self) -> Recipe:
         if self.recipe is None:

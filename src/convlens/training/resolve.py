@@ -15,6 +15,7 @@ from torch import nn
 from convlens import models, optim
 from convlens.data import splits
 from convlens.data.transforms import pipeline
+from convlens.engine import losses
 from convlens.errors import UsageError, close_matches, did_you_mean, wrong_type
 from convlens.models import stages
 from convlens.recipe import DataConfig, Recipe, is_recipe_file, load_recipe, recipe_names, variants
@@ -368,7 +369,7 @@ def validate_recipe(recipe: Recipe) -> None:
     checks: list[Callable[[], object]] = [
         lambda: splits.check_split_config(recipe.data),
         lambda: _check_selection(recipe),
-        lambda: _check_loss(recipe),
+        lambda: losses.check_loss(recipe.optim),
         check_model,
         lambda: pretrained.check_weights_config(config),
         lambda: pipeline.build_pipeline(recipe.operations),
@@ -385,17 +386,6 @@ def validate_recipe(recipe: Recipe) -> None:
     if errors:
         fix = "; ".join(error.fix for error in errors if error.fix)
         raise UsageError("; ".join(error.what for error in errors), where=recipe.name, fix=fix)
-
-
-def _check_loss(recipe: Recipe) -> None:
-    """Refuse an exponent of the focal loss if the loss is another one."""
-    gamma = recipe.optim.focal_gamma
-    default = type(recipe.optim).model_fields["focal_gamma"].default
-    if recipe.optim.loss != "focal" and gamma != default:
-        raise UsageError(
-            f"optim.focal_gamma={gamma:g} has no effect with optim.loss={recipe.optim.loss}",
-            fix="set optim.loss=focal, or leave out optim.focal_gamma",
-        )
 
 
 def _check_selection(recipe: Recipe) -> None:
