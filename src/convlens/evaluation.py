@@ -78,6 +78,7 @@ from convlens.run import (
 from convlens.uncertainty.calibration import OutlierDetector, as_percent
 from convlens.uncertainty.outliers import ORDINARY_SHARE
 from convlens.uncertainty.promises import Promises, ShareLike
+from convlens.user_code import accepts_trust
 from convlens.utils import files, notebook
 from convlens.utils.console import print_status, progress_bar, quiet_mode
 
@@ -251,6 +252,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
+@accepts_trust
 @preserve_torch_settings()
 def evaluate(
     run: RunLike,
@@ -264,6 +266,7 @@ def evaluate(
     device: str | None = None,
     quiet: bool = True,
     own_data: Data | None = None,
+    trust_code: bool = False,
 ) -> Evaluation:
     """Evaluate a run's model on one of its own splits or on another data set.
 
@@ -284,6 +287,7 @@ def evaluate(
         device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
         quiet: show no progress and no warnings.
         own_data: the data set of the run, if the caller has loaded it already.
+        trust_code: import user code that the model needs; otherwise that is an error.
 
     Raises:
         UsageError: unknown run, split or views, or too few validation images for a promise.

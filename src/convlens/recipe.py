@@ -203,8 +203,9 @@ class ModelConfig(Section):
     """The network. Any other keys are options of the model family, which checks them.
 
     Attributes:
-        name: a family of `MODELS`, a network of torchvision, or `timm/NAME`. `auto`: the network
-            of the pretrained weights that the training starts with (`training.transfer`).
+        name: a family of `MODELS`, a network of torchvision, `timm/NAME`, or a network of the user
+            (`FILE.py:NAME` or `package.module:NAME`). `auto`: the network of the pretrained weights
+            that the training starts with (`training.transfer`).
         weights: initial weights: `none`, `default`, a package (`lite0`), a member of torchvision's
             weights enum (`IMAGENET1K_V1`), an id of timm (`hf-hub:...`), a file (.safetensors, .pt,
             .pth, .bin), or a run. `default` of a network with a package means the package if it is
@@ -263,6 +264,8 @@ class OptimConfig(Section):
     """The optimizer, its schedule, the loss, and regularization.
 
     Attributes:
+        name: an entry of `OPTIMIZERS`, or an optimizer of the user (`FILE.py:NAME`), which may have
+            `options`.
         lr, layer_decay: `auto`: values for a training from scratch or from pretrained weights.
         loss: an entry of `engine.losses.LOSSES`. `focal` multiplies the cross-entropy of an image
             by (1 - p)^focal_gamma, where p is the probability of its class, so that images that are
@@ -270,7 +273,7 @@ class OptimConfig(Section):
             by their effective number of images (Cui et al. 2019). `logit_adjusted` adds the log of
             the class frequencies to the logits while training (Menon et al. 2021). `asymmetric`
             counts classes other than the label less if their probability is small (Ridnik et al.
-            2021); it needs `label_smoothing`.
+            2021); it needs `label_smoothing`. Or a loss of the user (`FILE.py:NAME`).
         loss_options: of the loss: `beta`, `gamma` (class_balanced), `tau` (logit_adjusted),
             `gamma_pos`, `gamma_neg` (asymmetric).
         class_weights: factors of the loss by class. `auto` makes all classes count equally in an
@@ -286,6 +289,7 @@ class OptimConfig(Section):
     momentum: Fraction = 0.9
     nesterov: bool = False
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    options: dict[str, Any] = {}
     muon_iterations: Annotated[int, Field(ge=1, le=10)] = 3
     muon_normalise: bool = True
     groups: list[GroupConfig] = []
@@ -378,6 +382,8 @@ class Recipe(Section):
         about: one line for the list of recipes.
         augment: operations `[{"RandomCrop": {"padding": 2}}, ...]`, applied in order to each
             training batch; or `auto`, which is resolved when the images are known.
+        code: the SHA-256 of the source of each part that is user code, by its name
+            (`user_code.py`). It is filled in when a recipe is resolved.
     """
 
     name: str
@@ -387,6 +393,7 @@ class Recipe(Section):
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    code: dict[str, str] = {}
 
     @property
     def operations(self) -> Operations:

@@ -17,6 +17,7 @@ from convlens.cli.common import (
     OverridesArgument,
     RunArgument,
     Split,
+    TrustCode,
     app,
     parse_data,
     print_json,
@@ -77,6 +78,7 @@ def compare(
         ),
     ] = False,
     device: DeviceOption = None,
+    trust_code: TrustCode = False,
     figures: Figures = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -107,7 +109,12 @@ def compare(
 
 
 @app.command(cls=Command)
-def diagnose(run: RunArgument, device: DeviceOption = None, as_json: JsonOption = False) -> None:
+def diagnose(
+    run: RunArgument,
+    device: DeviceOption = None,
+    trust_code: TrustCode = False,
+    as_json: JsonOption = False,
+) -> None:
     """Diagnose a run: overfitting, learning rate, dead layers, slow loading and more.
 
     Reads the learning curves and evaluates some training and validation images. The test set is not
@@ -144,6 +151,7 @@ def labels(
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the runs.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train the models again.")] = False,
     device: DeviceOption = None,
+    trust_code: TrustCode = False,
     figures: Figures = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -189,6 +197,7 @@ def report(
         ),
     ] = None,
     device: DeviceOption = None,
+    trust_code: TrustCode = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write an HTML page about a run, or one that compares several runs.

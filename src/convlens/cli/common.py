@@ -340,6 +340,24 @@ Figures = Annotated[
 ]
 
 
+def _set_trust_code(value: bool) -> bool:
+    if value:
+        options.update(trust_code=True)
+    return value
+
+
+# For every command that opens models. Its callback sets the option, so the commands ignore the
+# value.
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        help="Import user code (FILE.py:NAME) that a model file or recipe needs.",
+        callback=_set_trust_code,
+    ),
+]
+
+
 # Beside `--data`, in commands that name one run.
 DataKeysArgument = Annotated[
     list[str] | None,

@@ -6,7 +6,13 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.common import Command, DeviceOption, HostOption, app
+from convlens.cli.common import (
+    Command,
+    DeviceOption,
+    HostOption,
+    TrustCode,
+    app,
+)
 
 
 @app.command(cls=Command)
@@ -50,6 +56,7 @@ def explore(
         typer.Option(metavar="TOKEN", help="Secret in the URL; by default a random one."),
     ] = None,
     device: DeviceOption = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Open a page in the browser that shows what models make of images.
 

@@ -14,6 +14,7 @@ from convlens.cli.common import (
     Figures,
     JsonOption,
     MaxPixelsOption,
+    TrustCode,
     app,
     parse_data,
     print_json,
@@ -204,6 +205,7 @@ def look(
     max_pixels: MaxPixelsOption = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed for random choices.")] = 0,
     device: DeviceOption = None,
+    trust_code: TrustCode = False,
     figures: Figures = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -30,6 +30,7 @@ from convlens.cli.common import (
     PredictionSetOption,
     RunArgument,
     Split,
+    TrustCode,
     TtaOption,
     app,
     parse_data,
@@ -104,6 +105,7 @@ def train(
         bool, typer.Option("--deterministic", help="Use deterministic algorithms only.")
     ] = False,
     device: DeviceOption = None,
+    trust_code: TrustCode = False,
     figures: Figures = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -119,6 +121,7 @@ def train(
         convlens train resnet18-pretrained --variants all
         convlens train digits train.epochs=60 --extend
     """
+    from convlens import user_code
     from convlens.cli.results import print_run_summary
     from convlens.errors import UsageError
     from convlens.training import resolve, train as training_train
@@ -131,19 +134,22 @@ def train(
             raise UsageError("--extend needs a single run", fix="extend the runs one by one")
         resolved_variants = resolve.resolve_variants(source, variants, data=data, overrides=changes)
         options |= {"repeat_splits": repeat_splits, "seeds": seeds, "folds": folds, "refit": refit}
-        results = train_many(resolved_variants, **options)
+        recipes = [each.recipe for each in resolved_variants.values()]
+        with user_code.trust(resolve.named_code(recipes, changes)):
+            results = train_many(resolved_variants, **options)
         if not as_json:
             print_run_table(results)
         print_json(as_json, results.to_dict())
         return
     resolved = resolve.resolve_recipe(source, data=data, overrides=changes)
-    run_dir = training_train.train(
-        resolved.recipe,
-        is_unmodified_recipe=resolved.is_unmodified,
-        extend=extend,
-        started=time.monotonic() - process_age(),
-        **options,
-    )
+    with user_code.trust(resolve.named_code([resolved.recipe], changes)):
+        run_dir = training_train.train(
+            resolved.recipe,
+            is_unmodified_recipe=resolved.is_unmodified,
+            extend=extend,
+            started=time.monotonic() - process_age(),
+            **options,
+        )
     if not as_json:
         print_run_summary(run_dir)
     evaluations = [] if no_test else run_dir.evaluations()
@@ -162,6 +168,7 @@ def evaluate(
     confidence: ConfidenceOption = "95%",
     prediction_set: PredictionSetOption = None,
     device: DeviceOption = None,
+    trust_code: TrustCode = False,
     figures: Figures = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -234,6 +241,7 @@ def predict(
     ] = None,
     max_pixels: MaxPixelsOption = None,
     device: DeviceOption = None,
+    trust_code: TrustCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Same as --format json.")] = False,
 ) -> None:
     """Classify image files and print file name, label and probability.
@@ -330,6 +338,7 @@ def export(
         ),
     ] = None,
     as_json: JsonOption = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Export a model for other programs and check on real images that the outputs agree.
 
@@ -401,6 +410,7 @@ def augment(
     overrides: OverridesArgument = None,
     figures: Figures = None,
     as_json: JsonOption = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Draw a batch of training images before and after a recipe's augmentation, as in training.
 

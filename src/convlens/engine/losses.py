@@ -2,7 +2,8 @@
 
 To add a loss, write a function and add one line to `LOSSES`. The function takes a `LossInputs` and
 the options of the loss as keyword-only arguments, which are read from `optim.loss_options`.
-`tests/integration/test_contracts.py` tests every entry.
+`tests/integration/test_contracts.py` tests every entry. Other names are losses of the user
+(`FILE.py:NAME`).
 
 Unlike in `torch.nn.CrossEntropyLoss(weight=...)`, the mean is over the rows and not over their
 weights, so that the losses of micro-batches and of several processes, weighted by their rows, add
@@ -13,15 +14,18 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.markup import escape
 from torch import Tensor, nn
 
+from convlens import user_code
 from convlens.errors import UsageError, close_matches, did_you_mean_suffix, lookup
 from convlens.recipe import OptimConfig
+from convlens.utils.console import print_once
 
 
 class ClassificationLoss(nn.Module):
@@ -250,13 +254,113 @@ def build_loss(inputs: LossInputs) -> nn.Module:
         UsageError: unknown loss or options, with near misses, or an unsuitable value.
     """
     config = inputs.config
+    if is_user_loss(config.loss):
+        return _build_user_loss(inputs)
     make = lookup(LOSSES, config.loss, "loss")
     _check_options(config)
     return make(inputs, **config.loss_options)
 
 
+def is_user_loss(name: str) -> bool:
+    """Return whether a name means a loss that a user wrote."""
+    return name not in LOSSES and user_code.is_user_code("losses", name)
+
+
+class FunctionLoss(nn.Module):
+    """A loss that is a function `(logits, targets, **options) -> mean over the rows`."""
+
+    def __init__(self, function: Callable[..., Tensor], options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.function, self.options = function, dict(options)
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self.function(logits, targets, **self.options)
+
+
+def _build_user_loss(inputs: LossInputs) -> nn.Module:
+    """Build the loss of a user: an `nn.Module` class, or a function of logits and targets.
+
+    A class is called with those of the keywords `num_classes`, `class_counts`, `class_weights` and
+    `label_smoothing` that its signature names, and with the options; a function gets the options
+    with each call.
+    """
+    config, name = inputs.config, inputs.config.loss
+    part = user_code.load_object("losses", name)
+    keywords, takes_any = user_code.accepted_keywords(part)
+    if not isinstance(part, type):
+        own = dict(list(keywords.items())[2:])  # after logits and targets
+        if not takes_any:
+            user_code.check_options(f"loss {name}", own, config.loss_options)
+        return FunctionLoss(part, config.loss_options)
+    standard = {
+        "num_classes": len(inputs.counts),
+        "class_counts": list(inputs.counts),
+        "class_weights": inputs.class_weights,
+        "label_smoothing": config.label_smoothing,
+    }
+    own = {key: value for key, value in keywords.items() if key not in standard}
+    if not takes_any:
+        user_code.check_options(f"loss {name}", own, config.loss_options)
+    given = {key: value for key, value in standard.items() if key in keywords}
+    try:
+        loss = part(**given, **config.loss_options)
+    except Exception as error:
+        raise _loss_error(name, error) from error
+    if not isinstance(loss, nn.Module):
+        raise UsageError(
+            f"loss {name}: an object of type {type(loss).__name__!r} is no torch.nn.Module",
+            fix="name an nn.Module class, or a function of logits and targets",
+        )
+    return loss
+
+
+def check_user_loss(name: str, loss: nn.Module, classes: int, *, soft: bool = False) -> bool:
+    """Compute the loss of a user for a few rows.
+
+    Args:
+        soft: with class probabilities as targets, as MixUp and CutMix make them.
+
+    Returns:
+        Whether it is a mean over the rows, so that micro-batches and processes add up to a batch.
+
+    Raises:
+        UsageError: an exception in its code, or a result that is not one finite number.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, classes, generator=generator).requires_grad_()
+    targets = torch.arange(6) % classes
+    if soft:
+        targets = nn.functional.one_hot(targets, classes).float()
+        targets = targets.lerp(targets.flip(0), 0.25)
+    try:
+        whole = loss(logits, targets)
+        parts = [loss(logits[rows], targets[rows]) for rows in (slice(0, 4), slice(4, 6))]
+    except Exception as error:
+        raise _loss_error(name, error, soft=soft) from error
+    if not isinstance(whole, Tensor) or whole.shape != ():
+        shape = list(whole.shape) if isinstance(whole, Tensor) else type(whole).__name__
+        raise UsageError(
+            f"loss {name}: returned {shape}, not one number", fix="return the mean over the rows"
+        )
+    if not whole.requires_grad or not bool(torch.isfinite(whole)):
+        reason = "a result without a gradient" if not whole.requires_grad else f"{whole.item()}"
+        raise UsageError(f"loss {name}: returned {reason}", fix="compute it from the logits")
+    added = (4 * parts[0] + 2 * parts[1]) / 6
+    return bool(torch.isclose(added, whole, rtol=1e-4, atol=1e-6))
+
+
+def _loss_error(name: str, error: Exception, *, soft: bool = False) -> UsageError:
+    source = user_code.find_source("losses", name)
+    reason = "does not accept class probabilities [N, K], which MixUp and CutMix make: " * soft
+    return UsageError(
+        f"loss {name}: {reason}{user_code.describe(error)}",
+        where=user_code.location(error, str(source.path)),
+        fix="leave out MixUp and CutMix, or accept float targets [N, K]" if soft else "",
+    )
+
+
 def loss_options(name: str) -> dict[str, Any]:
-    """Return the options of a loss with their default values.
+    """Return the options of a loss of the table with their default values.
 
     Raises:
         UsageError: unknown loss, with near misses.
@@ -265,15 +369,27 @@ def loss_options(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def check_loss(config: OptimConfig) -> None:
+def check_loss(config: OptimConfig, *, mixes: bool = False) -> None:
     """Check the name of the loss and its options without images.
+
+    Args:
+        mixes: whether the targets are class probabilities.
 
     Raises:
         UsageError: lists options that the loss does not have, with near misses, and unsuitable
             values.
     """
     weights = None if config.class_weights == "none" else [1.0, 1.0]
-    build_loss(LossInputs(config, counts=[1.0, 1.0], class_weights=weights))
+    loss = build_loss(LossInputs(config, counts=[1.0, 1.0], class_weights=weights))
+    if not is_user_loss(config.loss):
+        return
+    if mixes:
+        check_user_loss(config.loss, loss, 2, soft=True)
+    if not check_user_loss(config.loss, loss, 2):
+        print_once(
+            f"loss {escape(config.loss)} is not a mean over the rows: memory limits and several "
+            "processes, which split batches, change it"
+        )
 
 
 def _check_options(config: OptimConfig) -> None:

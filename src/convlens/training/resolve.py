@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from convlens import models, optim
+from convlens import models, optim, user_code
 from convlens.data import splits
 from convlens.data.transforms import pipeline
 from convlens.engine import losses
@@ -198,7 +199,36 @@ def _load_recipe(
 
     recipe = load_recipe(what, overrides, variant)
     data = recipe.data.model_copy(update={"name": canonical_name(recipe.data.name)})
-    return recipe.model_copy(update={"data": data})
+    code = user_code.source_hashes(_user_parts(recipe))
+    return recipe.model_copy(update={"data": data, "code": code})
+
+
+def _user_parts(recipe: Recipe) -> list[tuple[user_code.Kind, str]]:
+    """Return the names of a recipe that are not in the tables of convlens, by kind."""
+    parts: list[tuple[user_code.Kind, str]] = []
+    if recipe.model.name not in (*models.MODELS, "auto"):
+        parts.append(("models", recipe.model.name))
+    if recipe.optim.loss not in losses.LOSSES:
+        parts.append(("losses", recipe.optim.loss))
+    if recipe.optim.name not in optim.OPTIMIZERS:
+        parts.append(("optimizers", recipe.optim.name))
+    tables = (*pipeline.AUGMENTS, *pipeline.MIXES)
+    names = [name for name, _ in recipe.operations if name not in tables]
+    return parts + [("augmentations", name) for name in names]
+
+
+def named_code(recipes: Iterable[Recipe], named: Iterable[object]) -> frozenset[str]:
+    """Return the user code that the user has named in this call, which is a consent to run it.
+
+    What only a recipe file names is not part of it: the file may be somebody else's.
+
+    Args:
+        named: overrides, and mappings of the Python API.
+    """
+    texts = [str(each) for each in named if isinstance(each, str | Mapping)]
+    names = {name for recipe in recipes for name in recipe.code}
+    patterns = {name: re.compile(rf"(?<![\w./-]){re.escape(name)}(?![\w.:-])") for name in names}
+    return frozenset(name for name, pattern in patterns.items() if any(map(pattern.search, texts)))
 
 
 def is_run_of(recipe: Recipe, run_dir: RunDir) -> bool:
@@ -366,10 +396,16 @@ def validate_recipe(recipe: Recipe) -> None:
             rest = {"groups": [], "layer_decay": 1.0, "head_first": 0.0}
             optim.check_optimizer(nn.Linear(1, 1), recipe.optim.model_copy(update=rest))
 
+    def mixes() -> list[str]:
+        try:
+            return pipeline.mixes_labels(recipe.operations)
+        except UsageError:  # `build_pipeline` reports it
+            return []
+
     checks: list[Callable[[], object]] = [
         lambda: splits.check_split_config(recipe.data),
         lambda: _check_selection(recipe),
-        lambda: losses.check_loss(recipe.optim),
+        lambda: losses.check_loss(recipe.optim, mixes=bool(mixes())),
         check_model,
         lambda: pretrained.check_weights_config(config),
         lambda: pipeline.build_pipeline(recipe.operations),

@@ -343,7 +343,7 @@ def build_network(
     if config.weights != "none":
         record = _load_pretrained(recipe, data, model, initial_state)
     preprocessing = _preprocessing(data, record)
-    if record is None and isinstance(model, models.DataInitialized):
+    if record is None and models.initializes_from_data(model):
         model.initialize(_sample_images(data.train, preprocessing, device))
     stages.freeze(model, config.trainable)
     if config.freeze_batch_norm:
