@@ -227,7 +227,7 @@ def named_code(recipes: Iterable[Recipe], named: Iterable[object]) -> frozenset[
     """
     texts = [str(each) for each in named if isinstance(each, str | Mapping)]
     names = {name for recipe in recipes for name in recipe.code}
-    patterns = {name: re.compile(rf"(?<![\w./-]){re.escape(name)}(?![\w.:-])") for name in names}
+    patterns = {name: re.compile(rf"(?<![\w./-]){re.escape(name)}(?![\w-])") for name in names}
     return frozenset(name for name, pattern in patterns.items() if any(map(pattern.search, texts)))
 
 

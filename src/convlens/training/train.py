@@ -235,8 +235,8 @@ def _check_code(recipe: Recipe, run_dir: RunDir, context: RuntimeContext) -> Non
         except ConvlensError:
             continue
         before = recipe.model_copy(update={"code": code})
-        if code.keys() == recipe.code.keys() and other.has_digest(before.digest()):
-            changed = [name for name, sha256 in recipe.code.items() if code[name] != sha256]
+        changed = [name for name, sha256 in recipe.code.items() if code.get(name) != sha256]
+        if changed and code.keys() == recipe.code.keys() and other.has_digest(before.digest()):
             copies = other.path / user_code.COPIES_FOLDER
             print_status(
                 f"{escape(', '.join(changed))} has changed since run [bold]{escape(other.name)}[/] "
