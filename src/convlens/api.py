@@ -327,7 +327,7 @@ def train(
     """
     texts = resolve.override_texts(overrides)
     resolved = resolve.resolve_recipe(what, data=data, overrides=texts)
-    trusted = trust_code or resolve.named_code([resolved.recipe], [what, *texts])
+    trusted = trust_code or resolve.named_code([resolved.recipe], [what, data, *texts])
     with user_code.trust(trusted):
         run_dir = training_train.train(
             resolved.recipe,
@@ -417,7 +417,7 @@ def train_many(
     texts = resolve.override_texts(overrides)
     resolved = resolve.resolve_variants(what, variants, data=data, overrides=texts)
     trained = [each.recipe for each in resolved.values()]
-    trusted = trust_code or resolve.named_code(trained, [what, *texts])
+    trusted = trust_code or resolve.named_code(trained, [what, data, *texts])
     with user_code.trust(trusted):
         table = repeats.train_many(
             resolved,

@@ -488,12 +488,13 @@ def load_own_data(loaded: LoadedModel, device: str) -> Data:
 
 def _load_as_trained(loaded: LoadedModel, config: DataConfig, device: str) -> Data:
     """Load a data set with the conversion and the classes of a model."""
-    return load_data(
-        config,
-        memory_budget=memory_budget(device),
-        conversion=loaded.preprocessing.conversion,
-        known_classes=loaded.classes,
-    )
+    with loaded.recorded_code():
+        return load_data(
+            config,
+            memory_budget=memory_budget(device),
+            conversion=loaded.preprocessing.conversion,
+            known_classes=loaded.classes,
+        )
 
 
 def _own_data_names(loaded: LoadedModel, name: str) -> list[str]:

@@ -81,6 +81,7 @@ class DataConfig(Section):
     """The data set, its image size and its splits.
 
     Attributes:
+        name: a built-in set, a folder, a list, shards, or a data set of the user (`FILE.py:NAME`).
         layout: how a folder is read whose folders are named like splits, but could be classes.
         class_level: whether folders inside class folders are parts of these (`top`) or are the
             classes themselves (`leaf`). `auto` stops if both are possible.

@@ -39,7 +39,7 @@ from convlens.utils.console import print_once
 P = ParamSpec("P")
 T = TypeVar("T")
 # The tables that user code can extend. Entry points are in the group `convlens.KIND`.
-Kind = Literal["models", "losses", "optimizers", "augmentations"]
+Kind = Literal["models", "losses", "optimizers", "augmentations", "datasets"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 COPIES_FOLDER = "code"  # of a run directory
@@ -213,7 +213,8 @@ def _file_of_module(name: str) -> Path:
         spec = None
     for number in range(2, len(parts) + 1):
         locations = spec.submodule_search_locations if spec is not None else None
-        spec = locations and PathFinder.find_spec(".".join(parts[:number]), list(locations))
+        name_so_far = ".".join(parts[:number])
+        spec = PathFinder.find_spec(name_so_far, list(locations)) if locations else None
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         raise UsageError(
             f"no Python module {name!r}",
@@ -320,12 +321,12 @@ def _is_unchanged(source: Source, sha256: str) -> bool:
 
 def _copy_of(source: Source, sha256: str, folder: Path | None) -> Source:
     """Return the copy of a source in a run directory."""
-    path = folder / _copy_name(source, sha256) if folder is not None else None
-    copy = path and Source(source.name, source.module, source.attribute, path)
-    if copy is None or not _is_unchanged(copy, sha256):
+    path = source.path if folder is None else folder / _copy_name(source, sha256)
+    copy = Source(source.name, source.module, source.attribute, path)
+    if not _is_unchanged(copy, sha256):
         raise ModelFileError(
             f"{source.name} is not the code that this model was trained with, and there is no copy",
-            where=str(path or source.path),
+            where=str(path),
             fix=f"restore the file with the SHA-256 {sha256}",
         )
     if source.path.is_file():

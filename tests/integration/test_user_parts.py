@@ -187,7 +187,8 @@ def test_a_stopped_run_ends_with_the_same_bits(
     results = {}
     for name, epochs in (("whole", [4]), ("parts", [2, 4])):
         for count in epochs:
-            values = [*TINY, *ALL, f"train.epochs={count}"]
+            values = [*TINY, *ALL, f"train.epochs={count}", "train.keep=last"]
+            values += ["optim.schedule=constant", "optim.ema=null"]
             options = {"name": f"{name}{count}", "test": False, "quiet": True}
             run = convlens.train("digits", values, extend=count != epochs[0], **options)
         results[name] = run.module.state_dict()

@@ -230,7 +230,7 @@ def find_label_errors(
         recipe = recipe.replace(**{"data.val_fraction": DataConfig().val_fraction})
         recipe = recipe.model_copy(update={"name": resolved.recipe.name})
         resolved = resolve.ResolvedRecipe(recipe, resolved.is_unmodified)
-    named = resolve.named_code([recipe], [what, *texts])
+    named = resolve.named_code([recipe], [what, data, *texts])
     with quiet_mode(quiet), trust(named):
         all_data = _load_data(recipe.data, folds, select_device(device))
         print_status(

@@ -135,14 +135,14 @@ def train(
         resolved_variants = resolve.resolve_variants(source, variants, data=data, overrides=changes)
         options |= {"repeat_splits": repeat_splits, "seeds": seeds, "folds": folds, "refit": refit}
         recipes = [each.recipe for each in resolved_variants.values()]
-        with user_code.trust(resolve.named_code(recipes, changes)):
+        with user_code.trust(resolve.named_code(recipes, [source, data, *changes])):
             results = train_many(resolved_variants, **options)
         if not as_json:
             print_run_table(results)
         print_json(as_json, results.to_dict())
         return
     resolved = resolve.resolve_recipe(source, data=data, overrides=changes)
-    with user_code.trust(resolve.named_code([resolved.recipe], changes)):
+    with user_code.trust(resolve.named_code([resolved.recipe], [source, data, *changes])):
         run_dir = training_train.train(
             resolved.recipe,
             is_unmodified_recipe=resolved.is_unmodified,
@@ -378,6 +378,7 @@ def audit(
         ),
     ] = False,
     figures: Figures = None,
+    trust_code: TrustCode = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check a data set before training: counts, sizes, unreadable files, duplicates.
@@ -437,6 +438,7 @@ def shard(
     data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
     out: Annotated[str, typer.Argument(metavar="OUT", help="New folder for the shards.")],
     overrides: OverridesArgument = None,
+    trust_code: TrustCode = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a data set as shards (tar files in WebDataset format).

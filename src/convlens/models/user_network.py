@@ -158,8 +158,8 @@ def _find_parts(model: nn.Module, name: str, outputs: int, called: Sequence[str]
     head = getattr(model, "head", None)
     if not isinstance(head, str) or head not in modules:
         head = _find_head(modules, name, outputs, called)
-    own = getattr(model, "stages", None)
-    if _is_names(own, modules):
+    own: Any = getattr(model, "stages", ())
+    if _are_modules(own, modules):
         found = list(own)
     else:
         candidates = list(stages.children_with_layers(model, head)) or list(
@@ -185,9 +185,9 @@ def _find_head(
     )
 
 
-def _is_names(value: object, modules: Mapping[str, nn.Module]) -> bool:
-    is_list = isinstance(value, list | tuple) and len(value) > 0
-    return is_list and all(isinstance(each, str) and each in modules for each in value)  # type: ignore[attr-defined]
+def _are_modules(names: Any, modules: Mapping[str, nn.Module]) -> bool:
+    """Return whether a value is a list of names of modules, and not, say, a `ModuleList`."""
+    return isinstance(names, list | tuple) and bool(names) and all(n in modules for n in names)
 
 
 def _layers_before(model: nn.Module, head: str, prefix: str = "") -> Iterator[str]:

@@ -205,6 +205,8 @@ def _load_recipe(
 
 def _user_parts(recipe: Recipe) -> list[tuple[user_code.Kind, str]]:
     """Return the names of a recipe that are not in the tables of convlens, by kind."""
+    from convlens.data.sources import is_user_dataset
+
     parts: list[tuple[user_code.Kind, str]] = []
     if recipe.model.name not in (*models.MODELS, "auto"):
         parts.append(("models", recipe.model.name))
@@ -212,6 +214,8 @@ def _user_parts(recipe: Recipe) -> list[tuple[user_code.Kind, str]]:
         parts.append(("losses", recipe.optim.loss))
     if recipe.optim.name not in optim.OPTIMIZERS:
         parts.append(("optimizers", recipe.optim.name))
+    if is_user_dataset(recipe.data.name):
+        parts.append(("datasets", recipe.data.name))
     tables = (*pipeline.AUGMENTS, *pipeline.MIXES)
     names = [name for name, _ in recipe.operations if name not in tables]
     return parts + [("augmentations", name) for name in names]
@@ -223,9 +227,9 @@ def named_code(recipes: Iterable[Recipe], named: Iterable[object]) -> frozenset[
     What only a recipe file names is not part of it: the file may be somebody else's.
 
     Args:
-        named: overrides, and mappings of the Python API.
+        named: overrides, names of data sets, and mappings of the Python API.
     """
-    texts = [str(each) for each in named if isinstance(each, str | Mapping)]
+    texts = [str(each) for each in named if isinstance(each, str | os.PathLike | Mapping)]
     names = {name for recipe in recipes for name in recipe.code}
     patterns = {name: re.compile(rf"(?<![\w./-]){re.escape(name)}(?![\w-])") for name in names}
     return frozenset(name for name, pattern in patterns.items() if any(map(pattern.search, texts)))
@@ -325,6 +329,8 @@ def _dataset_run_name(data: str) -> str:
     from convlens.data.image_paths import is_file_url, path_of_file_url
 
     data = path_of_file_url(data) if is_file_url(data) else data
+    if user_code.is_import_path(data) and not os.path.exists(data):
+        return data.rpartition(":")[2]
     path = Path(data)
     is_file = path.suffix.lower() in (
         ".csv",

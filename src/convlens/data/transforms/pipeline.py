@@ -13,7 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -256,7 +256,7 @@ class Pipeline:
     steps: tuple[PipelineStep, ...]
     mixes: tuple[PipelineStep, ...] = ()
     classes: int = 0
-    user_entries: Mapping[str, AugmentEntry] = field(default_factory=dict)
+    user_entries: Mapping[str, Augmentation | Mixing] = field(default_factory=dict)
 
     def __call__(
         self, images: Tensor, labels: Tensor, sample_info: SampleInfo, generator: torch.Generator
@@ -277,14 +277,14 @@ class Pipeline:
             ValueError: Images are mixed and the number of classes is unknown.
         """
         for name, arguments in self.steps:
-            entry = self.user_entries.get(name) or AUGMENTS[name]
-            images = entry(images, generator, sample_info, **arguments)
+            augmentation = cast(Augmentation, self.user_entries.get(name) or AUGMENTS[name])
+            images = augmentation(images, generator, sample_info, **arguments)
         if self.mixes and not self.classes:
             raise ValueError("pass the number of classes to `build_pipeline` to mix labels")
         for name, arguments in self.mixes:
             labels = mixup.one_hot(labels, self.classes)
-            entry = self.user_entries.get(name) or MIXES[name]
-            images, labels = entry(images, labels, generator, **arguments)
+            mixing = cast(Mixing, self.user_entries.get(name) or MIXES[name])
+            images, labels = mixing(images, labels, generator, **arguments)
         return images, labels
 
 
@@ -348,7 +348,7 @@ def mixes_labels(ops: Sequence[PipelineStep]) -> list[str]:
     ]
 
 
-def _user_entry(name: str) -> AugmentEntry:
+def _user_entry(name: str) -> Augmentation | Mixing:
     """Return the entry for an augmentation of the user.
 
     It is a function `(images, generator, *, ...) -> images`, with a third parameter `sample_info`
@@ -368,7 +368,7 @@ def _any_value(value: Any, context: RuleContext) -> str:
 
 
 def _check_user_augmentation(
-    name: str, entry: AugmentEntry, arguments: Mapping[str, Any], size: int, channels: int
+    name: str, entry: Augmentation | Mixing, arguments: Mapping[str, Any], size: int, channels: int
 ) -> None:
     """Apply an augmentation of the user to four images.
 
@@ -382,7 +382,6 @@ def _check_user_augmentation(
         if isinstance(entry, Mixing):
             result, labels = entry(images, labels, generator, **arguments)
         else:
-            assert isinstance(entry, Augmentation)
             info = SampleInfo(torch.arange(4), 1, 0)
             result = entry(images, generator, info, **arguments)
     except Exception as error:
