@@ -502,6 +502,21 @@ def load_recipe(
     )
 
 
+def parse_values(texts: Sequence[str]) -> dict[str, Any]:
+    """Return `key=value` texts as a mapping; values are YAML.
+
+    Raises:
+        UsageError: a text without `=`, or invalid YAML.
+    """
+    values = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"{text!r} is not an option", fix="write KEY=VALUE, e.g. width=64")
+        values[key.strip()] = _with_values(yaml.parse_yaml(value, where=shorten(text)))
+    return values
+
+
 def _with_values(parsed: Any) -> Any:
     """Return `{a: b}` for `{a:b}`, in which YAML sees the name `a:b` without a value."""
     if not isinstance(parsed, dict) or any(value is not None for value in parsed.values()):

@@ -87,7 +87,7 @@ def test_usage_errors_have_the_form_of_all_errors(typed: str, parts: list[str]) 
         ("train", "fit finetune"),
         ("evaluate", "test val validate eval Test"),
         ("predict", "infer inference classify"),
-        ("audit or diagnose", "check"),
+        ("audit or diagnose", "inspect"),
         ("look", "visualize explain"),
         ("export", "convert"),
     ],

@@ -30,7 +30,7 @@ PANELS = {
     "Understand": ("explore", "look", "compare", "diagnose"),
     "Data": ("audit", "labels", "augment", "shard"),
     "Hand over": ("export", "serve"),
-    "Other": ("recipes", "weights", "info"),
+    "Other": ("check", "recipes", "weights", "info"),
 }
 NAME_COLUMN_WIDTH = 28  # maximum, of options and commands in a help page
 # Old names and those of other tools, for the suggestion in the error message. They are not aliases.
@@ -57,7 +57,6 @@ OTHER_NAMES = {
     "inference": ("predict",),
     "classify": ("predict",),
     "detect": ("predict",),
-    "check": ("audit", "diagnose"),
     "inspect": ("audit", "diagnose"),
     "verify": ("audit", "diagnose"),
     "show": ("look",),

@@ -305,7 +305,7 @@ def build_pipeline(
     """
     problems: list[str] = []
     signatures: dict[str, None] = {}
-    user_entries = {name: _user_entry(name) for name, _ in ops if is_user_augmentation(name)}
+    user_entries = {name: user_augmentation(name) for name, _ in ops if is_user_augmentation(name)}
     table: dict[str, AugmentEntry] = {**AUGMENTS, **MIXES, **user_entries}
     mixing = {name for name, entry in table.items() if isinstance(entry, Mixing)}
     for name, arguments in ops:
@@ -341,14 +341,16 @@ def is_user_augmentation(name: str) -> bool:
 
 def mixes_labels(ops: Sequence[PipelineStep]) -> list[str]:
     """Return the names of the operations that mix images and labels; all names must be known."""
-    return [
-        name
-        for name, _ in ops
-        if name in MIXES or (is_user_augmentation(name) and isinstance(_user_entry(name), Mixing))
-    ]
+
+    def mixes(name: str) -> bool:
+        if is_user_augmentation(name):
+            return isinstance(user_augmentation(name), Mixing)
+        return name in MIXES
+
+    return [name for name, _ in ops if mixes(name)]
 
 
-def _user_entry(name: str) -> Augmentation | Mixing:
+def user_augmentation(name: str) -> Augmentation | Mixing:
     """Return the entry for an augmentation of the user.
 
     It is a function `(images, generator, *, ...) -> images`, with a third parameter `sample_info`
