@@ -28,7 +28,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, ParamSpec, TypeVar, get_args
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from rich.markup import escape
 
@@ -40,7 +40,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 # The tables that user code can extend. Entry points are in the group `convlens.KIND`.
 Kind = Literal["models", "losses", "optimizers", "augmentations", "datasets"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[Kind, ...] = ("models", "losses", "optimizers", "augmentations", "datasets")
 
 COPIES_FOLDER = "code"  # of a run directory
 MODULE_PREFIX = "user_code_"
@@ -171,11 +171,11 @@ def source_hashes(names: Collection[tuple[Kind, str]]) -> dict[str, str]:
         UsageError: a file or module does not exist.
     """
     return {
-        name: find_source(kind, name).sha256 for kind, name in names if is_user_code(kind, name)
+        name: locate_source(kind, name).sha256 for kind, name in names if is_user_code(kind, name)
     }
 
 
-def find_source(kind: Kind, name: str) -> Source:
+def locate_source(kind: Kind, name: str) -> Source:
     """Return the file of a part without importing anything.
 
     Raises:
@@ -237,7 +237,7 @@ def write_copies(code: Mapping[str, str], folder: Path) -> None:
     """
     for name, sha256 in code.items():
         kinds = [kind for kind in KINDS if is_user_code(kind, name)]
-        sources = [find_source(kind, name) for kind in kinds]
+        sources = [locate_source(kind, name) for kind in kinds]
         source = next((each for each in sources if each.sha256 == sha256), None)
         if source is None:
             raise UsageError(
@@ -280,7 +280,7 @@ def load_object(kind: Kind, name: str) -> Any:
     allowed = trusted()
     if allowed is not True and (allowed is False or name not in allowed):
         raise _untrusted(name)
-    source = find_source(kind, name)
+    source = locate_source(kind, name)
     recorded = _recorded.get()
     expected = recorded.hashes.get(name) if recorded is not None else None
     if expected is not None and not _is_unchanged(source, expected):
@@ -367,8 +367,8 @@ def _import_error(source: Source, error: BaseException) -> BaseException:
     if isinstance(error, KeyboardInterrupt | MemoryError):
         return error
     return UsageError(
-        f"{source.name} cannot be imported: {describe(error)}",
-        where=location(error, str(source.path)),
+        f"{source.name} cannot be imported: {describe_error(error)}",
+        where=error_location(error, str(source.path)),
         fix="run the file with Python to see the whole error",
     )
 
@@ -376,12 +376,12 @@ def _import_error(source: Source, error: BaseException) -> BaseException:
 # Messages and calls
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an exception of user code in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
-def location(error: BaseException, path: str) -> str:
+def error_location(error: BaseException, path: str) -> str:
     """Return the last line of a file that an exception passed through, or else the file."""
     line, traceback = None, error.__traceback__
     while traceback is not None:

@@ -149,7 +149,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_file_of_a_module_is_found_without_importing_its_package(package: Path) -> None:
-    source = user_code.find_source("models", "own_package.nets:Net")
+    source = user_code.locate_source("models", "own_package.nets:Net")
     assert source.path.samefile(package / "nets.py")
     assert source.sha256 == sha256(package / "nets.py")
     assert not TRACE.exists()

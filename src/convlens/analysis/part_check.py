@@ -580,7 +580,7 @@ def check_generator(case: AugmentationCase) -> str:
         found = []
         for seed in (1, 5):
             torch.manual_seed(seed)  # the global generator has no effect
-            found.append(case.apply(images, labels, 0))
+            found.append(case.apply(images.clone(), labels.clone(), 0))
         if not all(map(torch.equal, *found)):
             raise CheckFailed(
                 "the same generator gives other images",
@@ -677,7 +677,7 @@ def _network_case(part: str, options: Mapping[str, Any], image_size: int) -> Net
 
     if user_network.has_variable_outputs(part):
         return NetworkCase(build, image_size=image_size)
-    network = user_network.build_network(part, CLASSES, 3, image_size, options)
+    network = user_network.build_user_network(part, CLASSES, 3, image_size, options)
     with torch.no_grad():
         outputs = network.eval()(torch.zeros(2, 3, image_size, image_size)).shape[1]
     return NetworkCase(build, classes=outputs, image_size=image_size)
@@ -722,7 +722,7 @@ def _run(name: str, check: Callable[[Any], str], case: Any) -> CheckResult:
         return CheckResult(name, False, error.what + where, error.fix)
     except Exception as error:
         return CheckResult(
-            name, False, user_code.describe(error), "run it alone to see the whole error"
+            name, False, user_code.describe_error(error), "run it alone to see the whole error"
         )
 
 

@@ -61,7 +61,7 @@ class DatasetImages(EncodedFiles):
                 image, _ = self._datasets[dataset][index]
             return encode(image)
         except Exception as error:
-            raise UnreadableImage(self.name(number), user_code.describe(error)) from error
+            raise UnreadableImage(self.name(number), user_code.describe_error(error)) from error
 
     def stat_digest(self) -> str:
         return hashlib.sha256(b"".join(self._digests)).hexdigest()
@@ -204,6 +204,6 @@ def _classes(
 
 
 def _error(name: str, error: Exception, where: str) -> DataError:
-    source = user_code.find_source("datasets", name)
-    line = user_code.location(error, str(source.path))
-    return DataError(f"{name}: {user_code.describe(error)}", where=f"{where}; {line}")
+    source = user_code.locate_source("datasets", name)
+    line = user_code.error_location(error, str(source.path))
+    return DataError(f"{name}: {user_code.describe_error(error)}", where=f"{where}; {line}")

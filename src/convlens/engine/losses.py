@@ -350,11 +350,11 @@ def check_user_loss(name: str, loss: nn.Module, classes: int, *, soft: bool = Fa
 
 
 def _loss_error(name: str, error: Exception, *, soft: bool = False) -> UsageError:
-    source = user_code.find_source("losses", name)
+    source = user_code.locate_source("losses", name)
     reason = "does not accept class probabilities [N, K], which MixUp and CutMix make: " * soft
     return UsageError(
-        f"loss {name}: {reason}{user_code.describe(error)}",
-        where=user_code.location(error, str(source.path)),
+        f"loss {name}: {reason}{user_code.describe_error(error)}",
+        where=user_code.error_location(error, str(source.path)),
         fix="leave out MixUp and CutMix, or accept float targets [N, K]" if soft else "",
     )
 

@@ -77,8 +77,8 @@ def build_model(
         ModelFileError: the network is user code that was not trusted.
     """
     if is_user_network(name):
-        model = user_network.build_network(name, classes, channels, image_size, options)
-        user_network.prepare_network(model, name, classes, channels, image_size)
+        model = user_network.build_user_network(name, classes, channels, image_size, options)
+        user_network.prepare_user_network(model, name, classes, channels, image_size)
         return model
     known = model_options(name)
     unknown = [key for key in options if key not in known]
@@ -210,9 +210,9 @@ def _forward_zeros(
     """Build a network and run two images of zeros through it in eval mode, or one in train mode."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         if is_user_network(name):
-            model = user_network.build_network(name, 2, channels, image_size, options)
+            model = user_network.build_user_network(name, 2, channels, image_size, options)
             classes = 2 if user_network.has_variable_outputs(name) else None
-            user_network.prepare_network(model, name, classes, channels, image_size)
+            user_network.prepare_user_network(model, name, classes, channels, image_size)
         else:
             model = build_model(name, 2, channels, image_size, options)
         images = torch.zeros(1 if train_on_one else 2, channels, image_size, image_size)

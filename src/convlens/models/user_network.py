@@ -42,7 +42,7 @@ def has_variable_outputs(name: str) -> bool:
     return takes_any or "num_classes" in keywords
 
 
-def build_network(
+def build_user_network(
     name: str, classes: int, channels: int, image_size: int, options: Mapping[str, Any]
 ) -> nn.Module:
     """Build a network, without running it.
@@ -70,7 +70,7 @@ def build_network(
     return model
 
 
-def prepare_network(
+def prepare_user_network(
     model: nn.Module, name: str, classes: int | None, channels: int, image_size: int
 ) -> None:
     """Check the outputs for two images of zeros in eval mode, and find the stages and the head.
@@ -139,10 +139,10 @@ def code_error(name: str, error: Exception) -> Exception:
     """Return the error for an exception that a network raised."""
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return error
-    source = user_code.find_source("models", name)
+    source = user_code.locate_source("models", name)
     return UsageError(
-        f"model {name}: {user_code.describe(error)}",
-        where=user_code.location(error, str(source.path)),
+        f"model {name}: {user_code.describe_error(error)}",
+        where=user_code.error_location(error, str(source.path)),
     )
 
 

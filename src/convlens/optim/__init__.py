@@ -211,8 +211,8 @@ def _check_user_optimizer(config: OptimConfig) -> None:
 
 
 def _optimizer_error(name: str, error: Exception) -> UsageError:
-    source = user_code.find_source("optimizers", name)
+    source = user_code.locate_source("optimizers", name)
     return UsageError(
-        f"optimizer {name}: {user_code.describe(error)}",
-        where=user_code.location(error, str(source.path)),
+        f"optimizer {name}: {user_code.describe_error(error)}",
+        where=user_code.error_location(error, str(source.path)),
     )

@@ -59,7 +59,7 @@ def write(text: str) -> str:
 
 def test_an_image_is_encoded_without_loss() -> None:
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    color = np.arange(60, dtype=np.uint8).reshape(5, 4, 3)
+    color = np.arange(90, dtype=np.uint8).reshape(5, 6, 3)
     for image in (grey, Image.fromarray(grey), torch.tensor(grey), grey / np.float32(255)):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode(image)))), grey)
     for image in (color, Image.fromarray(color), torch.tensor(color).permute(2, 0, 1)):

@@ -387,10 +387,10 @@ def _check_user_augmentation(
             info = SampleInfo(torch.arange(4), 1, 0)
             result = entry(images, generator, info, **arguments)
     except Exception as error:
-        source = user_code.find_source("augmentations", name)
+        source = user_code.locate_source("augmentations", name)
         raise UsageError(
-            f"augmentation {name}: {user_code.describe(error)}",
-            where=user_code.location(error, str(source.path)),
+            f"augmentation {name}: {user_code.describe_error(error)}",
+            where=user_code.error_location(error, str(source.path)),
         ) from error
     is_image = isinstance(result, Tensor) and result.dtype == torch.float32
     if not is_image or result.shape[:2] != images.shape[:2] or result.ndim != 4:
