@@ -8,7 +8,7 @@ from helpers.paths import REPOSITORY
 
 TEXT = (REPOSITORY / "docs/reliability.md").read_text("utf-8")
 GUARANTEES = [item for item in re.split(r"\n(?=- |\n)", TEXT) if item.startswith("- **")]
-PAGES = ("design", "distributed", "glossary", "reliability")
+PAGES = ("design", "distributed", "glossary", "reliability", "user-code")
 LINK = re.compile(r"\[`([^`]+)`\]\(\.\./([^)]+)\)")
 
 

@@ -32,7 +32,7 @@ from convlens.recipe import OptimConfig
 from convlens.run import LoadedModel, Preprocessing
 
 CLASSES = 5
-TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}  # of float32 sums in another order
+RTOL, ATOL = 1e-3, 1e-4  # of float32 sums in another order
 
 
 class CheckFailed(Exception):  # noqa: N818
@@ -126,7 +126,7 @@ def check_batch_independence(case: NetworkCase) -> str:
     with torch.no_grad():
         together = model(images)
         one_by_one = torch.cat([model(images[i : i + 1]) for i in range(4)])
-    if not torch.allclose(together, one_by_one, **TOLERANCE):
+    if not torch.allclose(together, one_by_one, rtol=RTOL, atol=ATOL):
         largest = (together - one_by_one).abs().max()
         raise CheckFailed(
             f"outputs depend on the other images of the batch (by up to {largest:.2g})",
@@ -226,7 +226,7 @@ def check_gradients(case: NetworkCase) -> str:
 def check_learning(case: NetworkCase) -> str:
     """A few steps on one batch lower its loss, in both memory formats."""
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        model = case.network().to(memory_format=memory_format).train()  # type: ignore[call-overload]
+        model = case.network().to(memory_format=memory_format).train()
         images = case.images(8).contiguous(memory_format=memory_format)
         labels = torch.arange(8) % case.classes
         optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
