@@ -30,7 +30,8 @@ GENERATED = "<!-- Written by tools/reference.py. -->"
 
 EXIT_CODES_WITHOUT_ERROR = {
     0: "Success.",
-    1: "A bug of convlens, with a traceback, or stdout is a closed pipe.",
+    1: "A part of yours fails `convlens check`; a bug of convlens, with a traceback; or a closed "
+    "pipe.",
     130: "Ctrl-C; the same command resumes a training.",
 }
 VARIABLES = {
@@ -72,6 +73,7 @@ RUN_FILES = {
     "compute them again. May be deleted.",
     "state/": "The two latest checkpoints: weights, optimizer, averages, position. They resume a "
     "stopped training and extend a finished one (`--extend`). May be deleted otherwise.",
+    "code/": "Copies of the files of user code that the run uses (`FILE.py:NAME`).",
     "trainer.json": "The process that trains the run, while it does.",
     ".lock, .results.lock": "Keep two commands from writing at the same time. Empty.",
     "model.onnx, model.pt2": "Written by `convlens export`.",

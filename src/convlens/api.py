@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from convlens import evaluation, model_export, onnx_model, serialization
+from convlens import evaluation, model_export, onnx_model, serialization, user_code
 from convlens.data.arrays import ValueRange
 from convlens.data.input_images import ImageLike
 from convlens.errors import UsageError, check_path, wrong_type
@@ -27,6 +27,7 @@ from convlens.run import LoadedModel, RunDir, RunHandle, RunLike, find_run, run_
 from convlens.training import repeats, resolve, train as training_train
 from convlens.training.repeats import RunResults, VariantSummary
 from convlens.uncertainty.promises import ShareLike
+from convlens.user_code import accepts_trust
 from convlens.utils import notebook
 from convlens.utils.console import print_status, quiet_mode
 
@@ -47,6 +48,7 @@ class Run(RunHandle):
 
     Args:
         run_dir: its run directory; `Run.load` finds it by name.
+        trust_code: import user code that the model needs: all of it, or the parts of these names.
 
     Example:
         >>> run = convlens.train("digits")
@@ -55,28 +57,32 @@ class Run(RunHandle):
         >>> run.open().predict(image)[0].label  # keeps the network in memory
     """
 
-    def __init__(self, run_dir: RunDir) -> None:
+    def __init__(self, run_dir: RunDir, trust_code: bool | frozenset[str] = False) -> None:
         if not isinstance(run_dir, RunDir):
             raise wrong_type("Run", run_dir, "open a run by its name with Run.load(NAME)")
         self.run_dir = run_dir
+        self.trust_code = trust_code
         # Kept for the next call, until the model file changes.
         self._lock = threading.Lock()
         self._predictors: dict[tuple[FileState, str | None], Predictor] = {}
         self._models: dict[FileState, LoadedModel] = {}
 
-    def __reduce__(self) -> tuple[type[Run], tuple[RunDir]]:
+    def __reduce__(self) -> tuple[type[Run], tuple[RunDir, bool | frozenset[str]]]:
         """Copies, also in other processes, open the model themselves."""
-        return type(self), (self.run_dir,)
+        return type(self), (self.run_dir, self.trust_code)
 
     @classmethod
-    def load(cls, name: str | Path) -> Run:
+    def load(cls, name: str | Path, *, trust_code: bool = False) -> Run:
         """Return the run with that name under `models/`, in that folder, or of that model file.
+
+        Args:
+            trust_code: allow this run to import user code that it was trained with.
 
         Raises:
             UsageError: unknown name.
             ModelFileError: no run at that path.
         """
-        return cls(find_run(name))
+        return cls(find_run(name), trust_code)
 
     def __repr__(self) -> str:
         return f"Run({self.name!r}, {self.run_dir.metadata().get('status', 'a model file')})"
@@ -150,14 +156,16 @@ class Run(RunHandle):
             >>> for image in camera:
             ...     print(model.predict(image)[0].label)
         """
-        return Predictor(onnx_model.load_model_or_onnx(self.run_dir.model_path), device)
+        with user_code.trust(self.trust_code):
+            return Predictor(onnx_model.load_model_or_onnx(self.run_dir.model_path), device)
 
     def _loaded(self) -> LoadedModel:
         """Return the content of the model file, which is read again if it has changed."""
         state = self._file_state()
         with self._lock:
             if state not in self._models:
-                self._models = {state: onnx_model.load_model_or_onnx(self.run_dir.model_path)}
+                with user_code.trust(self.trust_code):
+                    self._models = {state: onnx_model.load_model_or_onnx(self.run_dir.model_path)}
             return self._models[state]
 
     def _predictor(self, device: str | None) -> Predictor:
@@ -189,7 +197,7 @@ class Run(RunHandle):
     ) -> Evaluation:
         """Evaluate the model; see `convlens.evaluate`."""
         return evaluation.evaluate(
-            self.run_dir,
+            self,
             split,
             data=data,
             tta=tta,
@@ -241,7 +249,7 @@ class Run(RunHandle):
         quiet: bool = True,
     ) -> list[Export]:
         """Write the model as files for other programs; see `convlens.export`."""
-        return model_export.export(self.run_dir, to, output=output, data=data, quiet=quiet)
+        return model_export.export(self, to, output=output, data=data, quiet=quiet)
 
     def look(self, images: str | Path | Sequence[str | Path] = (), **options: Any) -> Look:
         """Draw what the layers of the network compute for images; see `convlens.look`."""
@@ -271,7 +279,10 @@ class Run(RunHandle):
         explore.check_installed("explore")
         from convlens.explore import server
 
-        server.explore([run_reference(self)], port=port, open_browser=open_browser, device=device)
+        with user_code.trust(self.trust_code):
+            server.explore(
+                [run_reference(self)], port=port, open_browser=open_browser, device=device
+            )
 
     def diagnose(self, **options: Any) -> Diagnosis:
         """Diagnose overfitting, learning rate, dead layers and more; see `convlens.diagnose`."""
@@ -291,6 +302,7 @@ def train(
     test: bool = True,
     device: str | None = None,
     quiet: bool = False,
+    trust_code: bool = False,
 ) -> Run:
     """Train a recipe, or the default recipe on a data set, and test it once at the end.
 
@@ -307,24 +319,29 @@ def train(
         test: evaluate the test split at the end.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
         quiet: show no progress.
+        trust_code: import user code that only a recipe file names; what this call names itself is
+            imported in any case.
 
     Raises:
         ConvlensError: a problem the user can fix; the message says where and how.
     """
-    resolved = resolve.resolve_recipe(what, data=data, overrides=resolve.override_texts(overrides))
-    run_dir = training_train.train(
-        resolved.recipe,
-        name=name,
-        is_unmodified_recipe=resolved.is_unmodified,
-        fresh=fresh,
-        extend=extend,
-        test=test,
-        device=device,
-        quiet=quiet,
-    )
+    texts = resolve.override_texts(overrides)
+    resolved = resolve.resolve_recipe(what, data=data, overrides=texts)
+    trusted = trust_code or resolve.named_code([resolved.recipe], [what, data, *texts])
+    with user_code.trust(trusted):
+        run_dir = training_train.train(
+            resolved.recipe,
+            name=name,
+            is_unmodified_recipe=resolved.is_unmodified,
+            fresh=fresh,
+            extend=extend,
+            test=test,
+            device=device,
+            quiet=quiet,
+        )
     if test and not quiet:
         print_status(evaluation.sentence(run_dir.evaluations()[-1]))
-    return Run(run_dir)
+    return Run(run_dir, trusted)
 
 
 class RunTable:
@@ -335,8 +352,8 @@ class RunTable:
         >>> table.summaries[0].mean, table.summaries[0].sd
     """
 
-    def __init__(self, table: RunResults) -> None:
-        self._table = table
+    def __init__(self, table: RunResults, trust_code: bool | frozenset[str] = False) -> None:
+        self._table, self._trust_code = table, trust_code
 
     def __repr__(self) -> str:
         return f"RunTable({self._table.name!r}, {len(self._table.outcomes)} runs)"
@@ -348,7 +365,7 @@ class RunTable:
     @property
     def runs(self) -> list[Run]:
         """All evaluated runs, in the order of variants, splits, seeds and folds."""
-        return [Run(outcome.run_dir) for outcome in self._table.outcomes]
+        return [Run(outcome.run_dir, self._trust_code) for outcome in self._table.outcomes]
 
     @property
     def summaries(self) -> list[VariantSummary]:
@@ -380,6 +397,7 @@ def train_many(
     test: bool = True,
     device: str | None = None,
     quiet: bool = False,
+    trust_code: bool = False,
 ) -> RunTable:
     """Train a recipe several times and compare the runs.
 
@@ -391,26 +409,29 @@ def train_many(
         folds: K-fold cross-validation; the test split stays sealed.
         refit: choose the number of epochs on validation images, then retrain on training and
             validation images together and test that run.
+        trust_code: as in `train`.
 
     Raises:
         ConvlensError: a problem the user can fix; the message says where and how.
     """
-    resolved = resolve.resolve_variants(
-        what, variants, data=data, overrides=resolve.override_texts(overrides)
-    )
-    table = repeats.train_many(
-        resolved,
-        repeat_splits=repeat_splits,
-        seeds=seeds,
-        folds=folds,
-        refit=refit,
-        name=name,
-        fresh=fresh,
-        test=test,
-        device=device,
-        quiet=quiet,
-    )
-    return RunTable(table)
+    texts = resolve.override_texts(overrides)
+    resolved = resolve.resolve_variants(what, variants, data=data, overrides=texts)
+    trained = [each.recipe for each in resolved.values()]
+    trusted = trust_code or resolve.named_code(trained, [what, data, *texts])
+    with user_code.trust(trusted):
+        table = repeats.train_many(
+            resolved,
+            repeat_splits=repeat_splits,
+            seeds=seeds,
+            folds=folds,
+            refit=refit,
+            name=name,
+            fresh=fresh,
+            test=test,
+            device=device,
+            quiet=quiet,
+        )
+    return RunTable(table, trusted)
 
 
 def recipes() -> dict[str, Recipe]:
@@ -418,12 +439,14 @@ def recipes() -> dict[str, Recipe]:
     return {name: load_recipe(name) for name in recipe_names()}
 
 
+@accepts_trust
 def look(
     runs: RunLike | Sequence[RunLike],
     images: str | Path | Sequence[str | Path] = (),
     *,
     device: str | None = None,
     quiet: bool = True,
+    trust_code: bool = False,
     **options: Any,
 ) -> Look:
     """Draw what the layers of networks compute for images, all networks side by side.
@@ -438,6 +461,7 @@ def look(
         options: fields of `convlens.interpret.look.LookOptions`: `layers`, `order`, `channels`,
             `filters`, `top_images`, `dream`, `attribution`, `measure`, `embedding`, `nearest` and
             more, as on the command line.
+        trust_code: import user code that the model needs; otherwise that is an error.
 
     Raises:
         ConvlensError: a problem the user can fix; the message says where and how.
@@ -465,6 +489,7 @@ def look(
         return interpret_look.look(opened, look_options)
 
 
+@accepts_trust
 def measure(
     runs: RunLike | Sequence[RunLike],
     measures: str | Sequence[str] = (),
@@ -472,6 +497,7 @@ def measure(
     folder: str | Path | None = None,
     device: str | None = None,
     quiet: bool = True,
+    trust_code: bool = False,
     **options: Any,
 ) -> Measurements:
     """Measure every stage of one or several networks over images, and draw a figure.
@@ -483,6 +509,7 @@ def measure(
         device, quiet: as in `look`.
         options: `split`, `data`, `layers`, `images`, `learn_from`, `untrained`, `seed`, as in
             `convlens.interpret.measure.measure`.
+        trust_code: import user code that the model needs; otherwise that is an error.
 
     Example:
         >>> result = convlens.measure(["resnet18", "resnet18-noaug"], ["probe", "picture"])

@@ -53,7 +53,10 @@ class DataError(ConvlensError):
 
 
 class ModelFileError(ConvlensError):
-    """A model file or run directory that is damaged or unreadable (exit code 4)."""
+    """A model file or run directory that cannot be used (exit code 4).
+
+    It is damaged, or it needs user code that was not trusted (`--trust-code`).
+    """
 
     exit_code = 4
 

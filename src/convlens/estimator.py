@@ -14,6 +14,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
+from convlens import user_code
 from convlens.data.arrays import SEVERAL_IMAGES, as_array, to_nchw, to_uint8
 from convlens.data.conversion import resolve_fit
 from convlens.data.dataset import data_from_arrays
@@ -21,6 +22,7 @@ from convlens.data.decode import fit_arrays
 from convlens.device import prepare, preserve_rng, preserve_torch_settings, select_device
 from convlens.errors import UsageError, wrong_type
 from convlens.prediction import all_probabilities
+from convlens.recipe import Recipe
 from convlens.run import LoadedModel, RunDir, load_model
 from convlens.runtime import RuntimeContext
 from convlens.training import resolve, train
@@ -111,7 +113,15 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise UsageError(
                 f"the classifier needs 2 classes, the labels have only {self.classes_}"
             )
-        recipe = resolve.resolve_recipe(self.recipe, overrides=self._overrides(images)).recipe
+        overrides = self._overrides(images)
+        recipe = resolve.resolve_recipe(self.recipe, overrides=overrides).recipe
+        with user_code.trust(resolve.named_code([recipe], [self.recipe, *overrides])):
+            return self._fit(recipe, images, labels)
+
+    def _fit(
+        self, recipe: Recipe, images: npt.NDArray[np.uint8], labels: npt.NDArray[Any]
+    ) -> ImageClassifier:
+        """Train a recipe on images `[N, C, H, W]` with class numbers; return self."""
         validate_recipe(recipe)
         side = images.shape[2]
         fit = resolve_fit(recipe.data.fit, [images.shape[2:]])

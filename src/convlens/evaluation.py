@@ -78,6 +78,7 @@ from convlens.run import (
 from convlens.uncertainty.calibration import OutlierDetector, as_percent
 from convlens.uncertainty.outliers import ORDINARY_SHARE
 from convlens.uncertainty.promises import Promises, ShareLike
+from convlens.user_code import accepts_trust
 from convlens.utils import files, notebook
 from convlens.utils.console import print_status, progress_bar, quiet_mode
 
@@ -256,6 +257,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
+@accepts_trust
 @preserve_torch_settings()
 def evaluate(
     run: RunLike,
@@ -269,6 +271,7 @@ def evaluate(
     device: str | None = None,
     quiet: bool = True,
     own_data: Data | None = None,
+    trust_code: bool = False,
 ) -> Evaluation:
     """Evaluate a run's model on one of its own splits or on another data set.
 
@@ -289,6 +292,7 @@ def evaluate(
         device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
         quiet: show no progress and no warnings.
         own_data: the data set of the run, if the caller has loaded it already.
+        trust_code: import user code that the model needs; otherwise that is an error.
 
     Raises:
         UsageError: unknown run, split or views, or too few validation images for a promise.
@@ -489,12 +493,13 @@ def load_own_data(loaded: LoadedModel, device: str) -> Data:
 
 def _load_as_trained(loaded: LoadedModel, config: DataConfig, device: str) -> Data:
     """Load a data set with the conversion and the classes of a model."""
-    return load_data(
-        config,
-        memory_budget=memory_budget(device),
-        conversion=loaded.preprocessing.conversion,
-        known_classes=loaded.classes,
-    )
+    with loaded.recorded_code():
+        return load_data(
+            config,
+            memory_budget=memory_budget(device),
+            conversion=loaded.preprocessing.conversion,
+            known_classes=loaded.classes,
+        )
 
 
 def _own_data_names(loaded: LoadedModel, name: str) -> list[str]:

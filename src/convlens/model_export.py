@@ -63,6 +63,7 @@ from convlens.onnx_model import (
 from convlens.prediction import iter_predictions
 from convlens.recipe import DataConfig
 from convlens.run import LoadedModel, Preprocessing, RunDir, RunLike, as_run_dir, load_model
+from convlens.user_code import accepts_trust
 from convlens.utils import files
 from convlens.utils.console import print_status, quiet_mode
 from convlens.version import __version__
@@ -162,6 +163,7 @@ class Export:
         return asdict(self)
 
 
+@accepts_trust
 @preserve_torch_settings()
 def export(
     run: RunLike,
@@ -170,6 +172,7 @@ def export(
     output: str | Path | None = None,
     data: str | Path | DataConfig | None = None,
     quiet: bool = True,
+    trust_code: bool = False,
 ) -> list[Export]:
     """Write a run's model as files for other programs, one for each format.
 
@@ -184,6 +187,7 @@ def export(
         data: a data set for the check, or a data section of a recipe with the keys to read it; by
             default the run's validation images.
         quiet: show no messages.
+        trust_code: import user code that the model needs; otherwise that is an error.
 
     Raises:
         UsageError: unknown run or format, missing package, or another suffix.

@@ -51,6 +51,7 @@ from convlens.onnx_model import load_model_or_onnx
 from convlens.run import LoadedModel, Preprocessing, RunLike, as_run_dir
 from convlens.uncertainty.calibration import ModelCalibration, OutlierDetector
 from convlens.uncertainty.promises import Promises, ShareLike
+from convlens.user_code import accepts_trust
 from convlens.utils import notebook
 from convlens.utils.console import print_status, progress_bar, quiet_mode
 from convlens.utils.process import submit_task, wait_for_result
@@ -170,6 +171,7 @@ class PredictionColumns:
         return entry
 
 
+@accepts_trust
 def predict(
     run: RunLike,
     inputs: ImageLike | Iterable[ImageLike],
@@ -184,6 +186,7 @@ def predict(
     max_pixels: int | None = None,
     device: str | None = None,
     quiet: bool = True,
+    trust_code: bool = False,
 ) -> list[Prediction]:
     """Classify images; return one `Prediction` for each, in the order given.
 
@@ -220,6 +223,7 @@ def predict(
         max_pixels: larger files are refused; by default the limit of the training.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
         quiet: show no progress.
+        trust_code: import user code that the model needs; otherwise that is an error.
 
     Raises:
         UsageError: unknown run or views, something that is not an image, an image without pixels,

@@ -71,6 +71,11 @@ Variants = dict[str, dict[str, Any]]
 Balance = Literal["none", "sqrt", "full"]
 
 
+def _or_user_code(names: list[str]) -> dict[str, Any]:
+    """Return the JSON schema of a value that is one of these names, or `FILE.py:NAME`."""
+    return {"anyOf": [{"enum": names}, {"pattern": ":"}]}
+
+
 class Section(BaseModel):
     """Base class of the sections: unknown keys are refused, and values are immutable."""
 
@@ -83,7 +88,8 @@ class DataConfig(Section):
     name: str = Field(
         default="digits",
         description="The data set: a built-in name (digits, mnist, cifar10, ...), a folder with "
-        "one sub-folder per class, a list of images (CSV, text, JSON, JSONL, parquet), or shards.",
+        "one sub-folder per class, a list of images (CSV, text, JSON, JSONL, parquet), shards, "
+        "or a data set of yours (FILE.py:NAME).",
     )
     image_size: Annotated[int, Field(ge=8, le=1024)] | Literal["auto"] = Field(
         default="auto",
@@ -276,8 +282,9 @@ class ModelConfig(Section):
 
     name: str = Field(
         default="cnn",
-        description="The network: a family of convlens, a network of torchvision, or timm/NAME. "
-        "auto: the network of the pretrained weights that the training starts with.",
+        description="The network: a family of convlens, a network of torchvision, timm/NAME, or "
+        "one of yours (FILE.py:NAME). auto: the network of the pretrained weights that the "
+        "training starts with.",
         json_schema_extra={
             "examples": ["auto", "cnn", "fastnet", "resnet18", "resnet34", "resnet50", "wrn"],
         },
@@ -352,8 +359,8 @@ class OptimConfig(Section):
 
     name: str = Field(
         default="adamw",
-        description="The optimizer.",
-        json_schema_extra={"enum": ["adam", "adamw", "muon", "sgd"]},
+        description="The optimizer, or one of yours (FILE.py:NAME).",
+        json_schema_extra=_or_user_code(["adam", "adamw", "muon", "sgd"]),
     )
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default=1e-3,
@@ -375,6 +382,9 @@ class OptimConfig(Section):
     betas: tuple[Fraction, Fraction] = Field(
         default=(0.9, 0.999),
         description="Decay rates of Adam's averages of the gradient and of its square.",
+    )
+    options: dict[str, Any] = Field(
+        default={}, description="Options of an optimizer of yours, by name."
     )
     muon_iterations: Annotated[int, Field(ge=1, le=10)] = Field(
         default=3, description="With muon: iterations of the orthogonalization."
@@ -424,11 +434,22 @@ class OptimConfig(Section):
     gamma: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.1, description="Schedule step: factor on the learning rate."
     )
-    loss: Literal["cross_entropy", "focal"] = Field(
+    loss: str = Field(
         default="cross_entropy",
-        description="The loss. focal multiplies the cross-entropy of an image by "
-        "(1 - p)^focal_gamma, where p is the probability of its class, so that images that are "
-        "already classified well count less.",
+        description="The loss, or one of yours (FILE.py:NAME). focal multiplies the cross-entropy "
+        "of an image by (1 - p)^focal_gamma, where p is the probability of its class, so that "
+        "images that are already classified well count less. class_balanced weights classes by "
+        "their effective number of images. logit_adjusted adds the log of the class frequencies "
+        "to the logits while training. asymmetric counts classes other than the label less if "
+        "their probability is small; it needs label_smoothing.",
+        json_schema_extra=_or_user_code(
+            ["asymmetric", "class_balanced", "cross_entropy", "focal", "logit_adjusted"]
+        ),
+    )
+    loss_options: dict[str, Any] = Field(
+        default={},
+        description="Options of the loss: beta, gamma (class_balanced), tau (logit_adjusted), "
+        "gamma_pos, gamma_neg (asymmetric), or those of a loss of yours.",
     )
     focal_gamma: Annotated[float, Field(gt=0, le=10)] = Field(
         default=2.0, description="Exponent of the focal loss."
@@ -587,6 +608,11 @@ class Recipe(Section):
         default=TrainConfig(),
         description="Epochs, batch size, choice of weights, and how steps are computed.",
     )
+    code: dict[str, str] = Field(
+        default={},
+        description="SHA-256 of the source of each part that is user code, by its name; filled in "
+        "when a recipe is resolved.",
+    )
 
     @property
     def operations(self) -> Operations:
@@ -692,6 +718,21 @@ def load_recipe(
     return _check_tree(
         tree, where=where, problems=problems, lines=lambda: _lines(source, overridden)
     )
+
+
+def parse_values(texts: Sequence[str]) -> dict[str, Any]:
+    """Return `key=value` texts as a mapping; values are YAML.
+
+    Raises:
+        UsageError: a text without `=`, or invalid YAML.
+    """
+    values = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"{text!r} is not an option", fix="write KEY=VALUE, e.g. width=64")
+        values[key.strip()] = _with_values(yaml.parse_yaml(value, where=shorten(text)))
+    return values
 
 
 def _with_values(parsed: Any) -> Any:

@@ -334,11 +334,18 @@ def _augmentation_schema() -> dict[str, Any]:
             "required": list(entry.required),
             "additionalProperties": False,
         }
+    user_code = ":"  # as in FILE.py:NAME
     named = [name for name, entry in table.items() if not entry.required]
     return {
         "anyOf": [
             {"enum": named},
-            {"type": "object", "properties": properties, "additionalProperties": False},
+            {"type": "string", "pattern": user_code},
+            {
+                "type": "object",
+                "properties": properties,
+                "patternProperties": {user_code: {"type": ["object", "null"]}},
+                "additionalProperties": False,
+            },
         ]
     }
 

@@ -10,6 +10,7 @@
     metrics.csv         one row per epoch
     results.json        the log of evaluations
     state/              checkpoints, to resume or extend the run
+    code/               copies of user code that the recipe names
 
 and `plots/<run>/` its plots. JSON and CSV files have no checksum: people read and edit them. A file
 that does not parse is an error.
@@ -36,7 +37,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from convlens import models, serialization
+from convlens import models, serialization, user_code
 from convlens.data.decode import MAX_PIXELS, Conversion
 from convlens.data.loader import Normalize, Prepare
 from convlens.device import preserve_torch_settings, select_device
@@ -180,6 +181,10 @@ class LoadedModel:
         """Whether this is a native model file, not an exported one."""
         return True
 
+    def recorded_code(self) -> AbstractContextManager[None]:
+        """Within this block, user code is imported as it was at the training of this model."""
+        return _recorded_code(self.model_metadata, self.folder)
+
     def select_device(self, requested: str | None) -> str:
         """Return the device for inference: the requested one, or the best that is available."""
         return select_device(requested)
@@ -200,6 +205,7 @@ class RunDir:
 
     def create(self, recipe: Recipe, metadata: Mapping[str, Any]) -> None:
         """Create the directory with the resolved recipe and `run.json`, status `training`."""
+        user_code.write_copies(recipe.code, self.path / user_code.COPIES_FOLDER)
         files.write_atomic(self.path / "recipe.yaml", recipe.to_text())
         self.update_metadata({"created": _now(), "status": "training", **metadata})
 
@@ -435,7 +441,9 @@ def load_model(path: Path) -> LoadedModel:
     Raises:
         ModelFileError: the file is damaged or not written by convlens, or its weights do not fit
             the network it names.
+        UntrustedCode: its network is user code that was not trusted.
     """
+    path = Path(path)
     tensors, model_metadata = serialization.read_all_tensors(path)
     features = tensors.pop(serialization.REFERENCE_FEATURES, None)
     try:
@@ -446,13 +454,21 @@ def load_model(path: Path) -> LoadedModel:
         name, options = model_metadata["model"]["name"], model_metadata["model"]["options"]
         shape = preprocessing.channels, preprocessing.image_size
         # The random initial weights are replaced.
-        with preserve_torch_settings(), torch.random.fork_rng(devices=[]):
+        with (
+            preserve_torch_settings(),
+            torch.random.fork_rng(devices=[]),
+            _recorded_code(model_metadata, path.parent),
+        ):
             model = models.build_model(name, len(classes), *shape, options)
         models.load_weights(model, tensors)
         calibration = ModelCalibration.from_metadata(
             model_metadata.get("calibration", {}), None if features is None else features.numpy()
         )
     except (KeyError, TypeError, ValueError, RuntimeError, UsageError) as error:
+        if isinstance(error, UsageError) and model_metadata.get("recipe", {}).get("code"):
+            raise ModelFileError(
+                error.what, where=error.where or str(path), fix=error.fix
+            ) from error
         reason, version = " ".join(str(error).split())[:160], model_metadata.get("convlens", "?")
         update = "update: " if serialization.is_newer_version(version) else ""
         raise ModelFileError(
@@ -460,8 +476,17 @@ def load_model(path: Path) -> LoadedModel:
             where=str(path),
             fix=f"{update}it was written by convlens {version}",
         ) from error
-    folder = Path(path).parent
-    return LoadedModel(model.eval(), classes, preprocessing, model_metadata, folder, calibration)
+    return LoadedModel(
+        model.eval(), classes, preprocessing, model_metadata, path.parent, calibration
+    )
+
+
+def _recorded_code(
+    model_metadata: Mapping[str, Any], folder: Path | None
+) -> AbstractContextManager[None]:
+    code = model_metadata.get("recipe", {}).get("code", {})
+    copies = None if folder is None else folder / user_code.COPIES_FOLDER
+    return user_code.recorded_code(code, copies)
 
 
 def find_run(name: str | Path, models_folder: Path | None = None) -> RunDir:
@@ -499,6 +524,7 @@ class RunHandle:
     """Base class of objects that stand for a run, such as `convlens.Run`."""
 
     run_dir: RunDir
+    trust_code: bool | frozenset[str] = False
 
 
 # A run as the functions of the Python API take it: by name, folder or model file, or as an object.

@@ -153,7 +153,7 @@ def test_edit_distance_counts_slips(first: str, second: str, distance: int) -> N
         ("train", "fit finetune"),
         ("evaluate", "test val validate eval Test"),
         ("predict", "infer inference classify"),
-        ("audit or diagnose", "check"),
+        ("audit or diagnose", "inspect"),
         ("look", "visualize explain"),
         ("export", "convert"),
     ],

@@ -24,7 +24,7 @@ ROOT = Path(convlens.__file__).parent
 # A module imports only from its own level or lower ones. A package counts as one entry.
 LEVELS: dict[int, tuple[str, ...]] = {
     0: ("errors", "version", "predict_onnx"),
-    1: ("utils", "metrics", "models", "uncertainty", "run_folders"),
+    1: ("utils", "metrics", "models", "uncertainty", "run_folders", "user_code"),
     2: ("recipe", "device", "distributed", "plots"),
     3: ("data", "optim", "serialization", "runtime"),
     4: ("engine", "run", "recipe_reference"),
@@ -273,7 +273,8 @@ def test_nothing_is_unpickled() -> None:
         assert not {"pickle", "dill", "joblib"} & outside(name, ast.walk(tree(name))), name
         for node in ast.walk(tree(name)):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            assert called not in ("eval", "exec"), name
+            # User code is executed in one place, which asks whether it is trusted.
+            assert called not in ("eval", "exec") or (name, called) == ("user_code", "exec"), name
             if called == "YAML":
                 assert isinstance(node, ast.Call)
                 arguments = {k.arg: ast.unparse(k.value) for k in node.keywords}

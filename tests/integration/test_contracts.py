@@ -17,12 +17,23 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from convlens import evaluation, models, optim, plots, recipe as recipes, serialization
+from convlens import evaluation, models, optim, plots, recipe as recipes
+from convlens.analysis.part_check import (
+    AUGMENTATION_CHECKS,
+    LOSS_CHECKS,
+    NETWORK_CHECKS,
+    OPTIMIZER_CHECKS,
+    AugmentationCase,
+    LossCase,
+    NetworkCase,
+    OptimizerCase,
+    check_shapes,
+)
 from convlens.cli.results import WRITERS
 from convlens.data import download
 from convlens.data.sources import SOURCES, find_source
-from convlens.data.transforms.pipeline import AUGMENTS, MIXES
-from convlens.data.transforms.random import SampleInfo
+from convlens.data.transforms.pipeline import AUGMENTS, MIXES, Augmentation, Mixing
+from convlens.engine.losses import LOSSES, LossInputs, build_loss, loss_options
 from convlens.errors import DataError
 from convlens.models import MODELS
 from convlens.optim import OPTIMIZERS, SCHEDULES
@@ -48,17 +59,19 @@ SMALL: dict[str, dict[str, Any]] = {"wrn": {"width": 1}}  # where the default is
 families = pytest.mark.parametrize("name", [*MODELS, *TORCHVISION])
 
 
-def build(name: str, channels: int = 3, size: int = 0) -> nn.Module:
-    torch.manual_seed(0)
-    return models.build_model(name, 5, channels, size or size_for(name), SMALL.get(name, {}))
+def build(name: str, classes: int = 5, channels: int = 3, size: int = 0) -> nn.Module:
+    options = SMALL.get(name, {})
+    return models.build_model(name, classes, channels, size or size_for(name), options)
 
 
 def size_for(name: str) -> int:
     return 32 if name in TORCHVISION else 16
 
 
-def images_for(name: str, count: int = 2) -> Tensor:
-    return torch.randn(count, 3, size_for(name), size_for(name))
+def network_case(name: str, channels: int = 3, size: int = 0) -> NetworkCase:
+    return NetworkCase(
+        lambda *shape: build(name, *shape), channels=channels, image_size=size or size_for(name)
+    )
 
 
 @families
@@ -67,79 +80,14 @@ def images_for(name: str, count: int = 2) -> Tensor:
 def test_a_network_accepts_any_image_size(name: str, channels: int, size: int) -> None:
     if size < TORCHVISION.get(name, 0):
         pytest.skip(f"{name} needs larger images")
-    model = build(name, channels, size)
-    for mode in (True, False):
-        logits = model.train(mode)(torch.randn(3, channels, size, size))
-        assert logits.shape == (3, 5)
-        assert logits.dtype == torch.float32
-        assert torch.isfinite(logits).all()
+    check_shapes(network_case(name, channels, size))
 
 
 @families
-def test_the_stages_of_a_network_are_its_submodules_in_order(name: str) -> None:
-    model = build(name).eval()
-    stages = list(models.model_parts(model).stages)
-    assert stages
-    assert len(set(stages)) == len(stages)
-    order: list[str] = []
-    for stage in stages:
-        model.get_submodule(stage).register_forward_hook(
-            lambda module, inputs, output, stage=stage: order.append(stage)
-        )
-    model(images_for(name))
-    assert order == stages
-
-
-@families
-def test_the_head_of_a_network_can_be_replaced(name: str) -> None:
-    model = build(name).eval()
-    name_of_head = models.model_parts(model).head
-    head = model.get_submodule(name_of_head)
-    assert isinstance(head, nn.Linear | nn.Conv2d)
-    assert head.weight.shape[0] == 5
-    model.set_submodule(
-        name_of_head,
-        nn.Linear(head.in_features, 11)
-        if isinstance(head, nn.Linear)
-        else nn.Conv2d(head.in_channels, 11, 1),
-    )
-    assert model(images_for(name)).shape == (2, 11)
-
-
-@families
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_a_network_learns(name: str, memory_format: torch.memory_format) -> None:
-    model = build(name).to(memory_format=memory_format).train()
-    images = images_for(name, 8).contiguous(memory_format=memory_format)
-    labels = torch.arange(8) % 5
-    optimizer = optim.build_optimizer(model, OptimConfig(lr=1e-3))
-    losses = []
-    for _ in range(4):
-        loss = nn.functional.cross_entropy(model(images), labels)
-        loss.backward()
-        for key, parameter in model.named_parameters():
-            if not parameter.requires_grad:  # a family may freeze some
-                assert parameter.grad is None, key
-                continue
-            assert parameter.grad is not None, key
-            assert torch.isfinite(parameter.grad).all(), key
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-
-
-@families
-def test_a_network_is_restored_from_its_model_file(name: str, tmp_path: Any) -> None:
-    model = build(name).train()
-    model(images_for(name, 4))  # updates the statistics of norms
-    serialization.write_model_file(tmp_path / "m", model.state_dict(), {})
-    again = models.build_model(name, 5, 3, size_for(name), SMALL.get(name, {}))
-    tensors, _ = serialization.read_model_file(tmp_path / "m")
-    models.load_weights(again, tensors)
-    same(dict(again.state_dict()), dict(model.state_dict()))
-    images = images_for(name)
-    assert torch.equal(again.eval()(images), model.eval()(images))
+@pytest.mark.parametrize("check", [name for name in NETWORK_CHECKS if name != "export"])
+def test_a_network_passes_the_checks_of_user_networks(name: str, check: str) -> None:
+    """Export is tested in test_model_export.py."""
+    assert NETWORK_CHECKS[check](network_case(name))
 
 
 @families
@@ -149,7 +97,7 @@ def test_the_options_of_a_network_can_be_stored_as_json(name: str) -> None:
     stored = json.loads(json.dumps(options))  # tuples become lists, as in a model file
     torch.manual_seed(0)
     built = models.build_model(name, 5, 3, size_for(name), stored)
-    same(dict(built.state_dict()), dict(build(name).state_dict()))
+    same(dict(built.state_dict()), dict(network_case(name).network().state_dict()))
     if name in MODELS:
         assert models.model_family(name).__doc__
 
@@ -160,28 +108,13 @@ def test_the_options_of_a_network_can_be_stored_as_json(name: str) -> None:
 ARGUMENTS = {"degrees": 30, "sharpness_factor": 2, "padding": 2, "size": 3}
 
 
-@pytest.mark.parametrize("name", list(AUGMENTS))
-@pytest.mark.parametrize("shape", [(6, 1, 8, 8), (5, 3, 17, 17), (1, 3, 8, 8)])
-def test_an_augmentation_keeps_shape_range_and_its_input(name: str, shape: tuple[int, ...]) -> None:
-    entry = AUGMENTS[name]
+@pytest.mark.parametrize("name", [*AUGMENTS, *MIXES])
+@pytest.mark.parametrize("check", list(AUGMENTATION_CHECKS))
+def test_an_augmentation_passes_the_checks_of_user_augmentations(name: str, check: str) -> None:
+    table: dict[str, Augmentation | Mixing] = {**AUGMENTS, **MIXES}
+    entry = table[name]
     arguments = {key: ARGUMENTS[key] for key in entry.required}
-    images = torch.rand(shape, generator=torch.Generator().manual_seed(1))
-    before = images.clone()
-    numbers = torch.arange(len(images))
-
-    def result(seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        infos = [SampleInfo(numbers, epoch, seed) for epoch in range(1, 5)]
-        return torch.cat([entry(images, generator, info, **arguments) for info in infos])
-
-    found = result(0)
-    assert found.shape == (4 * shape[0], *shape[1:])
-    assert found.dtype == torch.float32
-    assert (found.min() >= 0) & (found.max() <= 1)
-    assert torch.equal(images, before)
-    torch.manual_seed(5)  # the global generator has no effect
-    assert torch.equal(found, result(0))
-    assert torch.equal(images, before)
+    assert AUGMENTATION_CHECKS[check](AugmentationCase(entry, arguments))
 
 
 @pytest.mark.parametrize("name", list(MIXES))
@@ -222,23 +155,31 @@ def test_mixing_keeps_shape_range_and_its_input(
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_an_optimizer_reduces_the_loss_and_its_state_can_be_saved(name: str) -> None:
-    torch.manual_seed(0)
-    model = nn.Linear(4, 1)
-    optimizer = optim.build_optimizer(model, OptimConfig(name=name, lr=0.05))
-    inputs, target = torch.randn(32, 4), torch.randn(32, 1)
-    losses = []
-    for _ in range(20):
-        loss = nn.functional.mse_loss(model(inputs), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    # `training.checkpoint` relies on this: every value is a tensor or None.
-    for values in optimizer.state_dict()["state"].values():
-        assert all(value is None or torch.is_tensor(value) for value in values.values())
+@pytest.mark.parametrize("check", list(OPTIMIZER_CHECKS))
+def test_an_optimizer_passes_the_checks_of_user_optimizers(name: str, check: str) -> None:
+    assert OPTIMIZER_CHECKS[check](OptimizerCase(OptimConfig(name=name, lr=0.05)))
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_the_groups_of_an_optimizer_keep_their_initial_rate(name: str) -> None:
+    optimizer = optim.build_optimizer(nn.Linear(4, 1), OptimConfig(name=name, lr=0.05))
     assert all(group["initial_lr"] == 0.05 for group in optimizer.param_groups)
+
+
+# Losses
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.parametrize("check", list(LOSS_CHECKS))
+def test_a_loss_passes_the_checks_of_user_losses(name: str, check: str) -> None:
+    config = OptimConfig(loss=name, label_smoothing=0.1)
+    assert LOSS_CHECKS[check](LossCase(lambda counts: build_loss(LossInputs(config, counts))))
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_the_options_of_a_loss_can_be_stored_as_json(name: str) -> None:
+    options = loss_options(name)
+    assert json.loads(json.dumps(options)) == options
 
 
 @pytest.mark.parametrize("name", list(SCHEDULES))

@@ -108,6 +108,23 @@ def test_options_for_unequal_classes_do_not_change_other_digests() -> None:
     assert len({plain.digest(), *used}) == 4
 
 
+def test_the_hash_of_user_code_is_part_of_the_digest() -> None:
+    digests = set()
+    for sha256 in ("0" * 64, "1" * 64):
+        given = {"name": "x", "code": {"./net.py:Net": sha256}}
+        loaded = recipe.load_recipe(given)
+        assert recipe.load_recipe(written(loaded.to_text())) == loaded
+        digests.add(loaded.digest())
+    assert len({*digests, recipe.load_recipe({"name": "x"}).digest()}) == 3
+
+
+def test_options_of_a_part_are_read_as_yaml() -> None:
+    values = recipe.parse_values(["width=64", "names=[a, b]", "shape={a:1}", "text="])
+    assert values == {"width": 64, "names": ["a", "b"], "shape": {"a": 1}, "text": None}
+    with pytest.raises(UsageError, match="write KEY=VALUE"):
+        recipe.parse_values(["width"])
+
+
 def test_class_weights_are_read_by_name() -> None:
     weighted = recipe.load_recipe("digits", ["optim.class_weights={0: 2, seven: 1.5, 'a.b': 3}"])
     assert weighted.optim.class_weights == {"0": 2.0, "seven": 1.5, "a.b": 3.0}

@@ -11,6 +11,7 @@ import pytest
 
 from convlens import models, recipe
 from convlens.data.transforms.pipeline import AUGMENTS, MIXES
+from convlens.engine.losses import LOSSES
 from convlens.optim import OPTIMIZERS, SCHEDULES
 from convlens.recipe import SECTIONS, GroupConfig, LookaheadConfig, Recipe
 from convlens.recipe_reference import (
@@ -99,6 +100,7 @@ def test_every_known_key_is_listed_once() -> None:
 def test_choices_of_tables_are_those_of_the_tables() -> None:
     keys = {key.key: key for key in recipe_keys(recipe.load_recipe("folder"))}
     assert keys["optim.name"].choices.split(", ") == [*OPTIMIZERS]
+    assert keys["optim.loss"].choices.split(", ") == [*LOSSES]
     assert keys["optim.schedule"].choices.split(", ") == [*SCHEDULES]
     assert set(keys["model.name"].choices.split(", ")) == {"auto", *models.MODELS, "..."}
 

@@ -45,6 +45,7 @@ from convlens.run import (
     load_model,
     safe_name,
 )
+from convlens.user_code import accepts_trust
 from convlens.utils.console import print_status, quiet_mode
 
 ALPHA = 0.05  # level of significance
@@ -406,6 +407,7 @@ class Comparison:
         }
 
 
+@accepts_trust
 @preserve_torch_settings()
 def compare(
     *runs: RunLike,
@@ -414,6 +416,7 @@ def compare(
     force: bool = False,
     device: str | None = None,
     quiet: bool = True,
+    trust_code: bool = False,
 ) -> Comparison:
     """Evaluate runs on the same images and test whether they differ from the first one.
 
@@ -427,6 +430,7 @@ def compare(
         force: continue if images or classes differ; then nothing is tested.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
         quiet: show no progress.
+        trust_code: import user code that the model needs; otherwise that is an error.
 
     Raises:
         UsageError: fewer than two runs, or unknown names.

@@ -24,12 +24,14 @@ from convlens import metrics, serialization
 from convlens.data.dataset import Split
 from convlens.device import preserve_torch_settings, select_device
 from convlens.engine.inference import batch_logits, place_model
+from convlens.engine.losses import is_user_loss, loss_of_guessing
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation import load_own_data
 from convlens.interpret.features import as_maps, record_outputs, stage_names
-from convlens.models import model_options
+from convlens.models import is_user_network, model_options
 from convlens.recipe import Recipe
 from convlens.run import LoadedModel, RunDir, RunLike, as_run_dir, load_model
+from convlens.user_code import UntrustedCode, accepts_trust
 from convlens.utils.console import progress_bar, quiet_mode
 
 LAST_EPOCHS = 3  # epochs whose mean is the value "at the end": single epochs are noisy
@@ -139,10 +141,11 @@ class RunEvidence:
     def loss_of_guessing(self) -> float:
         """The training loss of equal probabilities for all classes."""
         classes = max(self.classes, 2)
-        loss = math.log(classes)
-        if self.recipe is not None and self.recipe.optim.loss == "focal":
-            loss *= (1 - 1 / classes) ** self.recipe.optim.focal_gamma
-        return loss
+        if self.recipe is None:
+            return math.log(classes)
+        if is_user_loss(self.recipe.optim.loss):
+            raise InsufficientEvidence("its loss is user code")
+        return loss_of_guessing(self.recipe.optim, classes)
 
     def require_recipe(self) -> Recipe:
         if self.recipe is None:
@@ -168,8 +171,11 @@ class Diagnosis:
         return asdict(self)
 
 
+@accepts_trust
 @preserve_torch_settings()
-def diagnose(run: RunLike, *, device: str | None = None, quiet: bool = True) -> Diagnosis:
+def diagnose(
+    run: RunLike, *, device: str | None = None, quiet: bool = True, trust_code: bool = False
+) -> Diagnosis:
     """Diagnose a run: overfitting, learning rate, dead layers and more, with evidence and remedy.
 
     Every rule of `RULES` is applied to the run, finished or not. A run without weights is judged
@@ -180,6 +186,7 @@ def diagnose(run: RunLike, *, device: str | None = None, quiet: bool = True) -> 
         run: a run by name, folder or model file, or a `Run`.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
         quiet: show no progress.
+        trust_code: import user code that the model needs; otherwise that is an error.
 
     Raises:
         UsageError: unknown run or device.
@@ -227,6 +234,8 @@ def _collect_evidence(run_dir: RunDir, device: str) -> RunEvidence:
     try:
         evidence["recipe"] = _load_recipe(run_dir)
         evidence |= _measure(run_dir, device)
+    except UntrustedCode:
+        raise
     except ConvlensError as error:
         evidence["unmeasured"] = error.what
     return RunEvidence(**evidence)
@@ -374,7 +383,8 @@ def overfitting(evidence: RunEvidence) -> Finding | None:
     if not recipe.augment:
         overrides.append("augment=auto")
         remedies.append("augment")
-    if not recipe.model.options.get("dropout", "dropout" not in model_options(recipe.model.name)):
+    known = {} if is_user_network(recipe.model.name) else model_options(recipe.model.name)
+    if not recipe.model.options.get("dropout", "dropout" not in known):
         overrides.append("model.dropout=0.2")
         remedies.append("dropout")
     if recipe.optim.weight_decay < 5e-4:

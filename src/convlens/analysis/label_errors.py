@@ -47,6 +47,7 @@ from convlens.run import (
 )
 from convlens.training import resolve
 from convlens.training.repeats import train_many
+from convlens.user_code import accepts_trust, trust
 from convlens.utils import files
 from convlens.utils.console import message_scope, print_status, progress_bar, quiet_mode
 
@@ -174,6 +175,7 @@ class LabelReport:
         }
 
 
+@accepts_trust
 @message_scope()
 @preserve_torch_settings()
 def find_label_errors(
@@ -187,6 +189,7 @@ def find_label_errors(
     fresh: bool = False,
     device: str | None = None,
     quiet: bool = False,
+    trust_code: bool = False,
 ) -> LabelReport:
     """Find images whose labels are probably wrong, by models that did not train on them.
 
@@ -197,6 +200,7 @@ def find_label_errors(
             only image of a class is not judged.
         test: also judge the images of the test split, by the mean over all models. This is logged
             as a use of the test set in the run of each fold.
+        trust_code: import user code that the model needs; otherwise that is an error.
 
     Returns:
         All images with their probabilities, the suspects first, and the paths of a sheet of images
@@ -226,7 +230,8 @@ def find_label_errors(
         recipe = recipe.replace(**{"data.val_fraction": DataConfig().val_fraction})
         recipe = recipe.model_copy(update={"name": resolved.recipe.name})
         resolved = resolve.ResolvedRecipe(recipe, resolved.is_unmodified)
-    with quiet_mode(quiet):
+    named = resolve.named_code([recipe], [what, data, *texts])
+    with quiet_mode(quiet), trust(named):
         all_data = _load_data(recipe.data, folds, select_device(device))
         print_status(
             f"trains {folds} models of [bold]{name or recipe.name}[/], each without one fold of "

@@ -1,4 +1,4 @@
-"""Commands that analyze runs and data, with their output: `compare diagnose labels report`."""
+"""Commands that analyze runs, data and parts: `compare diagnose labels report check`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from convlens.cli.common import (
     OverridesArgument,
     RunArgument,
     Split,
+    TrustCode,
     app,
     parse_data,
     print_json,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # these import torch, which `--help` must not wait for
     from convlens.analysis.compare import Comparison, Group
     from convlens.analysis.diagnosis import Diagnosis, Finding
     from convlens.analysis.label_errors import JudgedImage, LabelReport
+    from convlens.analysis.part_check import PartCheck
 
 COMPARISON_COLUMNS = (
     "run",
@@ -80,6 +82,7 @@ def compare(
         ),
     ] = False,
     device: DeviceOption = None,
+    trust_code: TrustCode = False,
     figures: Figures = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -110,7 +113,12 @@ def compare(
 
 
 @app.command(cls=Command)
-def diagnose(run: RunArgument, device: DeviceOption = None, as_json: JsonOption = False) -> None:
+def diagnose(
+    run: RunArgument,
+    device: DeviceOption = None,
+    trust_code: TrustCode = False,
+    as_json: JsonOption = False,
+) -> None:
     """Find out what went wrong in a training, and what to change.
 
     Looks for overfitting, underfitting, a wrong learning rate, dead layers, unequal classes, slow
@@ -153,6 +161,7 @@ def labels(
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the runs.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train the models again.")] = False,
     device: DeviceOption = None,
+    trust_code: TrustCode = False,
     figures: Figures = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -207,6 +216,7 @@ def report(
         ),
     ] = None,
     device: DeviceOption = None,
+    trust_code: TrustCode = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write one HTML page about a model: verdict, curves, confusions, examples, what it sees.
@@ -225,6 +235,62 @@ def report(
     if not as_json:
         print_report(page)
     print_json(as_json, page.to_dict())
+
+
+@app.command(cls=Command)
+def check(
+    part: Annotated[
+        str, typer.Argument(metavar="PART", help="FILE.py:NAME or package.module:NAME.")
+    ],
+    values: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Options of the part, e.g. width=64."),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            metavar="network|loss|optimizer|augmentation|dataset",
+            help="What the part is, if it cannot be recognized.",
+        ),
+    ] = None,
+    image_size: Annotated[
+        int, typer.Option(min=8, metavar="N", help="Size of the images for a network.")
+    ] = 32,
+    as_json: JsonOption = False,
+) -> None:
+    """Import a network, loss, optimizer, augmentation or data set of yours, and check it.
+
+    The checks are those that the package's own parts have to pass. The exit code is 1 if one
+    fails.
+
+    Examples:
+        convlens check ./mynet.py:Net
+        convlens check ./mynet.py:Net width=64 --image-size 64
+        convlens train flowers model.name=./mynet.py:Net model.width=64
+    """
+    from convlens.analysis.part_check import check_part
+    from convlens.recipe import parse_values
+
+    result = check_part(part, parse_values(values or []), kind=kind, image_size=image_size)
+    if not as_json:
+        print_part_check(result)
+    print_json(as_json, result.to_dict())
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+def print_part_check(result: PartCheck) -> None:
+    """Print a table of the checks, and what to do about those that failed."""
+    out = stdout_console()
+    table = make_table("check", "", "found", title=f"{result.part} ({result.kind})")
+    for each in result.results:
+        mark = "[green]ok[/]" if each.passed else "[bold red]fails[/]"
+        table.add_row(each.name, mark, escape(each.found))
+    out.print(table)
+    failed = [each for each in result.results if not each.passed]
+    for each in failed:
+        out.print(f"{each.name}: {escape(each.found)}\n  do: {escape(each.fix)}", soft_wrap=True)
+    out.print(f"{len(result.results) - len(failed)} of {len(result.results)} checks passed")
 
 
 def print_comparison(result: Comparison) -> None:

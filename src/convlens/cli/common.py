@@ -31,7 +31,7 @@ PANELS = {
     "Understand": ("explore", "look", "compare", "diagnose"),
     "Data": ("audit", "labels", "augment", "shard"),
     "Hand over": ("export", "serve"),
-    "Other": ("recipes", "weights", "info"),
+    "Other": ("check", "recipes", "weights", "info"),
 }
 MIN_ABBREVIATION = 3  # letters of a beginning that is understood as a longer option
 NAME_COLUMN_WIDTH = 28  # maximum, of options and commands in a help page
@@ -59,7 +59,6 @@ OTHER_NAMES = {
     "inference": ("predict",),
     "classify": ("predict",),
     "detect": ("predict",),
-    "check": ("audit", "diagnose"),
     "inspect": ("audit", "diagnose"),
     "verify": ("audit", "diagnose"),
     "show": ("look",),
@@ -425,6 +424,24 @@ Figures = Annotated[
         help="Also save every figure as SVG or PDF; none: draw only what was requested.",
         callback=_set_figures,
         autocompletion=lambda incomplete: completion.one_of(incomplete, "svg", "pdf", "none"),
+    ),
+]
+
+
+def _set_trust_code(value: bool) -> bool:
+    if value:
+        options.update(trust_code=True)
+    return value
+
+
+# For every command that opens models. Its callback sets the option, so the commands ignore the
+# value.
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        help="Import user code (FILE.py:NAME) that a model file or recipe needs.",
+        callback=_set_trust_code,
     ),
 ]
 

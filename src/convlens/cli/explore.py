@@ -7,7 +7,13 @@ from typing import Annotated
 import typer
 
 from convlens.cli import completion
-from convlens.cli.common import Command, DeviceOption, HostOption, app
+from convlens.cli.common import (
+    Command,
+    DeviceOption,
+    HostOption,
+    TrustCode,
+    app,
+)
 
 
 @app.command(cls=Command)
@@ -54,6 +60,7 @@ def explore(
         typer.Option(metavar="TOKEN", help="Secret in the address. Default: a random one."),
     ] = None,
     device: DeviceOption = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Try models in the browser: drop, draw or photograph an image, and see why they decide.
 

@@ -15,6 +15,7 @@ from convlens.cli.common import (
     Figures,
     JsonOption,
     MaxPixelsOption,
+    TrustCode,
     app,
     parse_data,
     print_json,
@@ -254,6 +255,7 @@ def look(
     max_pixels: MaxPixelsOption = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Random seed.")] = 0,
     device: DeviceOption = None,
+    trust_code: TrustCode = False,
     figures: Figures = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -15,6 +15,7 @@ from convlens.cli.common import (
     MinAccuracyOption,
     PredictionSetOption,
     RunArgument,
+    TrustCode,
     app,
     parse_share_option,
 )
@@ -50,6 +51,7 @@ def serve(
     prediction_set: PredictionSetOption = None,
     max_pixels: MaxPixelsOption = None,
     device: DeviceOption = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Answer HTTP requests for predictions: POST an image to /predict.
 

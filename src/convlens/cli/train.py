@@ -33,6 +33,7 @@ from convlens.cli.common import (
     PredictionSetOption,
     RunArgument,
     Split,
+    TrustCode,
     TtaOption,
     app,
     parse_data,
@@ -179,6 +180,7 @@ def train(
             rich_help_panel=SEVERAL_RUNS,
         ),
     ] = None,
+    trust_code: TrustCode = False,
     figures: Figures = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -196,6 +198,7 @@ def train(
         convlens train resnet18-pretrained --variants all
         convlens train digits train.epochs=60 --extend
     """
+    from convlens import user_code
     from convlens.cli.results import print_run_summary
     from convlens.errors import UsageError
     from convlens.training import resolve, train as training_train
@@ -208,19 +211,22 @@ def train(
             raise UsageError("--extend needs a single run", fix="extend the runs one by one")
         resolved_variants = resolve.resolve_variants(source, variants, data=data, overrides=changes)
         options |= {"repeat_splits": repeat_splits, "seeds": seeds, "folds": folds, "refit": refit}
-        results = train_many(resolved_variants, **options)
+        recipes = [each.recipe for each in resolved_variants.values()]
+        with user_code.trust(resolve.named_code(recipes, [source, data, *changes])):
+            results = train_many(resolved_variants, **options)
         if not as_json:
             print_run_table(results)
         print_json(as_json, results.to_dict())
         return
     resolved = resolve.resolve_recipe(source, data=data, overrides=changes)
-    run_dir = training_train.train(
-        resolved.recipe,
-        is_unmodified_recipe=resolved.is_unmodified,
-        extend=extend,
-        started=time.monotonic() - process_age(),
-        **options,
-    )
+    with user_code.trust(resolve.named_code([resolved.recipe], [source, data, *changes])):
+        run_dir = training_train.train(
+            resolved.recipe,
+            is_unmodified_recipe=resolved.is_unmodified,
+            extend=extend,
+            started=time.monotonic() - process_age(),
+            **options,
+        )
     if not as_json:
         print_run_summary(run_dir)
     evaluations = [] if no_test else run_dir.evaluations()
@@ -239,6 +245,7 @@ def evaluate(
     confidence: ConfidenceOption = "95%",
     prediction_set: PredictionSetOption = None,
     device: DeviceOption = None,
+    trust_code: TrustCode = False,
     figures: Figures = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -317,6 +324,7 @@ def predict(
     ] = None,
     max_pixels: MaxPixelsOption = None,
     device: DeviceOption = None,
+    trust_code: TrustCode = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Same as --format json.", hidden=True)
     ] = False,
@@ -423,6 +431,7 @@ def export(
         ),
     ] = None,
     as_json: JsonOption = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Write ONNX or PyTorch files for other programs, checked on real images to answer the same.
 
@@ -465,6 +474,7 @@ def audit(
         ),
     ] = False,
     figures: Figures = None,
+    trust_code: TrustCode = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check a data set before training: counts, unreadable files, duplicates, leaks.
@@ -506,6 +516,7 @@ def augment(
     overrides: DataOverridesArgument = None,
     figures: Figures = None,
     as_json: JsonOption = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Draw training images before and after the augmentation of a recipe.
 
@@ -534,6 +545,7 @@ def shard(
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to create.")],
     overrides: DataOverridesArgument = None,
+    trust_code: TrustCode = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a data set as shards, which are read faster if there are very many images.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from convlens import user_code
 from convlens.data import download
 from convlens.data.cache import FixedSizeRecords
 from convlens.data.class_names import rename_classes
@@ -40,6 +41,7 @@ from convlens.data.types import (
     Part,
     is_image_name,
 )
+from convlens.data.user_dataset import read_user_dataset
 from convlens.data.webdataset import holds_shards, is_pattern, read_shards
 from convlens.errors import DataError, UsageError, close_matches, did_you_mean
 
@@ -150,7 +152,7 @@ def find_source(
 
     Args:
         name: built-in names have priority, then existing paths, then folders under `data/` and
-            `$CONVLENS_DATA`.
+            `$CONVLENS_DATA`, then data sets of the user (`FILE.py:NAME`).
         count: number of images to generate; only for `shapes`.
         image_size: size of the generated `shapes`.
         group: a CSV column, or a regular expression for the ids of images (`_group_by_pattern`);
@@ -171,7 +173,9 @@ def find_source(
         )
     choice = choice or ClassChoice()
     path = None if name in SOURCES else _find_path(name)
-    if path is None and name not in SOURCES and (is_url(name) or not is_pattern(name)):
+    is_user = path is None and is_user_dataset(name)
+    is_named = name in SOURCES or path is not None or is_user
+    if not is_named and (is_url(name) or not is_pattern(name)):
         raise _unknown_name(name)
     _refuse_downloaded_set(path)
     lists = replace(lists, group=group)
@@ -189,6 +193,8 @@ def find_source(
             source = _shapes(count or 2000, image_size or 32)
         elif name in SOURCES:
             source = SOURCES[name]()
+        elif is_user:
+            source = read_user_dataset(name)
         else:
             source = _read_path(path, name, tested)
         if lists.rename:
@@ -400,6 +406,7 @@ def known_names(name: str = "") -> list[str]:
     }
     folders = sorted(f for f in subfolders if not f.startswith(".") and f not in SOURCES)
     is_new_path = _looks_like_path(name) and name not in folders
+    is_new_path = is_new_path or is_user_dataset(name)
     return [*SOURCES, *folders, *([name] if is_new_path else [])]
 
 
@@ -418,7 +425,14 @@ def _may_hold_images(folder: Path) -> bool:
 
 def is_available(name: str) -> bool:
     """Return whether `find_source` would find something under this name now."""
-    return name in SOURCES or is_pattern(name) or _find_path(name) is not None
+    is_known = name in SOURCES or is_pattern(name) or _find_path(name) is not None
+    return is_known or is_user_dataset(name)
+
+
+def is_user_dataset(name: str) -> bool:
+    """Return whether a name, which is no built-in set, means a data set that a user wrote."""
+    is_path = _find_path(name) is not None
+    return name not in SOURCES and not is_path and user_code.is_user_code("datasets", name)
 
 
 def data_path(name: str) -> str | None:

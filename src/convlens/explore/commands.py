@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from convlens import user_code
 from convlens.errors import ResourceError
 from convlens.explore.jobs import Job
 
@@ -34,12 +35,17 @@ def command_line(arguments: Sequence[str]) -> str:
 
 def _start(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "convlens", *arguments],
+        [sys.executable, "-m", "convlens", *arguments, *_trust_option()],
         stdin=subprocess.DEVNULL,
         text=True,
         errors="replace",
         **options,
     )
+
+
+def _trust_option() -> list[str]:
+    """Return the option with which a command may import the user code that this page may."""
+    return ["--trust-code"] if user_code.trusted() is True else []
 
 
 def run_command(job: Job, arguments: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
+from convlens import user_code
 from convlens.errors import ResourceError
 from convlens.utils import console
 
@@ -110,6 +111,7 @@ class WorkQueue:
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._changed = threading.Condition()
         self._closed = False
+        self._trusted = user_code.trusted()  # a thread does not see the context of its creator
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -178,7 +180,11 @@ class WorkQueue:
             result: Any = None
             error: BaseException | None = None
             try:
-                with console.listen_to_progress(job.progress), console.quiet_mode():
+                with (
+                    console.listen_to_progress(job.progress),
+                    console.quiet_mode(),
+                    user_code.trust(self._trusted),
+                ):
                     result = job.function(job)
                 state = "done"
             except JobCancelled as cancelled:

@@ -268,7 +268,7 @@ class StageMeasurement:
         """Return the measurement of the same architecture with initial weights."""
         loaded = self.subject.loaded
         config, pre = loaded.model_metadata["model"], loaded.preprocessing
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), loaded.recorded_code():
             torch.manual_seed(seed)
             model = models.build_model(
                 config["name"], len(loaded.classes), pre.channels, pre.image_size, config["options"]
@@ -277,7 +277,7 @@ class StageMeasurement:
         subject = replace(
             self.subject, name=f"{config['name']}, untrained", loaded=replace(loaded, model=model)
         )
-        if isinstance(model, models.DataInitialized):
+        if models.initializes_from_data(model):
             pixels, _ = next(self.sample.batches(INITIALIZATION_IMAGES))
             model.initialize(subject.prepared(pixels))
         measures = list(next(iter(self.stages.values())))

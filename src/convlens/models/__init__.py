@@ -4,8 +4,8 @@ To add a family, write one file in this folder and add one line to `MODELS`. The
 `(classes, channels, image_size, *, options)`. The network has two attributes: `stages`, the names
 of its sub-modules in order, used by `look` and fine-tuning, and `head`, the name of its last linear
 layer, which can be replaced. `tests/integration/test_contracts.py` tests every entry. Other names
-are networks of torchvision, or of timm as `timm/NAME` (`zoo.py`). `model_parts(model)` returns the
-stages and the head of any network.
+are networks of torchvision, of timm as `timm/NAME` (`zoo.py`), or of the user as `FILE.py:NAME`
+(`user_network.py`). `model_parts(model)` returns the stages and the head of any network.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from convlens import user_code
 from convlens.errors import (
     ConvlensError,
     ResourceError,
@@ -26,7 +27,7 @@ from convlens.errors import (
     close_matches,
     did_you_mean_suffix,
 )
-from convlens.models import zoo
+from convlens.models import user_network, zoo
 from convlens.models.stages import DataInitialized, ModelParts, model_parts
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "DataInitialized",
     "ModelParts",
     "build_model",
+    "initializes_from_data",
+    "is_user_network",
     "load_weights",
     "model_family",
     "model_options",
@@ -71,7 +74,12 @@ def build_model(
         UsageError: unknown network, unknown options (all of them, with near misses), or an
             unsuitable value.
         ResourceError: not enough memory for the weights.
+        ModelFileError: the network is user code that was not trusted.
     """
+    if is_user_network(name):
+        model = user_network.build_user_network(name, classes, channels, image_size, options)
+        user_network.prepare_user_network(model, name, classes, channels, image_size)
+        return model
     known = model_options(name)
     unknown = [key for key in options if key not in known]
     if unknown:
@@ -101,6 +109,20 @@ def model_family(name: str) -> Callable[..., nn.Module]:
     return family
 
 
+def is_user_network(name: str) -> bool:
+    """Return whether a name means a network that a user wrote."""
+    return name not in MODELS and user_code.is_user_code("models", name)
+
+
+def initializes_from_data(model: nn.Module) -> TypeGuard[DataInitialized]:
+    """Return whether a network of convlens computes some of its weights from images.
+
+    Networks of users may have a method of the same name that does something else.
+    """
+    is_own = type(model).__module__.startswith("convlens.")
+    return is_own and isinstance(model, DataInitialized)
+
+
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load all tensors of a model file into `model`.
 
@@ -125,6 +147,8 @@ def model_options(name: str) -> dict[str, Any]:
     Raises:
         UsageError: unknown network, with near misses.
     """
+    if is_user_network(name):
+        return user_network.network_options(name)
     if name not in MODELS:
         return zoo.zoo_options(name, MODELS)
     parameters = inspect.signature(model_family(name)).parameters.values()
@@ -185,12 +209,21 @@ def _forward_zeros(
 ) -> nn.Module:
     """Build a network and run two images of zeros through it in eval mode, or one in train mode."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model = build_model(name, 2, channels, image_size, options)
+        if is_user_network(name):
+            model = user_network.build_user_network(name, 2, channels, image_size, options)
+            classes = 2 if user_network.has_variable_outputs(name) else None
+            user_network.prepare_user_network(model, name, classes, channels, image_size)
+        else:
+            model = build_model(name, 2, channels, image_size, options)
         images = torch.zeros(1 if train_on_one else 2, channels, image_size, image_size)
         try:
             model.train(train_on_one)(images)
         except MODEL_ERRORS as error:
             raise _model_error(name, error) from error
+        except Exception as error:
+            if is_user_network(name):
+                raise user_network.code_error(name, error) from error
+            raise
     return model
 
 

@@ -83,7 +83,7 @@ def name_parts(model: nn.Module, head: str) -> None:
 
     Also sets its attributes `stages` and `head`, unless it has sub-modules with these names.
     """
-    parts = ModelParts(tuple(_stages(model, head)), head)
+    parts = ModelParts(tuple(children_with_layers(model, head)), head)
     setattr(model, PARTS_ATTRIBUTE, parts)
     for name, value in (("stages", parts.stages), ("head", parts.head)):
         if not hasattr(model, name):
@@ -101,7 +101,7 @@ def last_layer(model: nn.Module) -> str:
     raise ValueError("the network has no linear layer and no convolution")
 
 
-def _stages(model: nn.Module, head: str, prefix: str = "") -> Iterator[str]:
+def children_with_layers(model: nn.Module, head: str, prefix: str = "") -> Iterator[str]:
     """Yield the children in order up to the head; the children of a backbone instead of itself.
 
     Single layers are not stages, except for poolings: these end a block in networks that are one
@@ -112,7 +112,7 @@ def _stages(model: nn.Module, head: str, prefix: str = "") -> Iterator[str]:
         if head == full or head.startswith(f"{full}."):
             return
         if name in BACKBONES:
-            yield from _stages(child, head, f"{full}.")
+            yield from children_with_layers(child, head, f"{full}.")
         elif isinstance(child, POOLINGS) or has_layers(child):
             yield full
 

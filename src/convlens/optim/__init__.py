@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from convlens.errors import lookup
+from convlens import user_code
+from convlens.errors import UsageError, lookup
 from convlens.optim import optimizers
 from convlens.optim.optimizers import LeanAdam, Muon
 from convlens.optim.param_groups import ParameterGroup, StageRow, split_parameters, stage_table
@@ -44,6 +45,7 @@ __all__ = [
     "build_optimizer",
     "build_schedule",
     "check_optimizer",
+    "is_user_optimizer",
     "set_lr",
     "stage_table",
 ]
@@ -101,8 +103,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     Raises:
         UsageError: unknown optimizer, or invalid groups, learning rates or windows.
     """
-    make = lookup(OPTIMIZERS, config.name, "optimizer")
-    optimizer = make(split_parameters(model, config), config)
+    groups = split_parameters(model, config)
+    if is_user_optimizer(config.name):
+        optimizer = _build_user_optimizer(groups, config)
+    else:
+        _refuse_options(config)
+        optimizer = lookup(OPTIMIZERS, config.name, "optimizer")(groups, config)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
@@ -114,5 +120,99 @@ def check_optimizer(model: nn.Module, config: OptimConfig) -> None:
     Raises:
         UsageError: as `build_optimizer`.
     """
-    lookup(OPTIMIZERS, config.name, "optimizer")
+    if is_user_optimizer(config.name):
+        _check_user_optimizer(config)
+    else:
+        lookup(OPTIMIZERS, config.name, "optimizer")
+        _refuse_options(config)
     split_parameters(model, config)
+
+
+def is_user_optimizer(name: str) -> bool:
+    """Return whether a name means an optimizer that a user wrote."""
+    return name not in OPTIMIZERS and user_code.is_user_code("optimizers", name)
+
+
+def _refuse_options(config: OptimConfig) -> None:
+    if config.options:
+        raise UsageError(
+            f"optim.options applies only to optimizers of your own, and optim.name={config.name}",
+            fix="use the keys of optim, e.g. optim.momentum",
+        )
+
+
+def _build_user_optimizer(
+    groups: list[ParameterGroup], config: OptimConfig
+) -> torch.optim.Optimizer:
+    """Build the optimizer of a user, a subclass of `torch.optim.Optimizer`.
+
+    It is called with the parameter groups, with those of `lr`, `momentum`, `betas`, `nesterov` and
+    `weight_decay` that its signature names, and with `optim.options`.
+    """
+    name = config.name
+    make = user_code.load_object("optimizers", name)
+    keywords, takes_any = user_code.accepted_keywords(make)
+    first = next(iter(keywords), None)
+    own = {key: value for key, value in keywords.items() if key != first}
+    standard = {
+        "lr": float(config.lr),
+        "momentum": config.momentum,
+        "betas": config.betas,
+        "nesterov": config.nesterov,
+        "weight_decay": config.weight_decay,
+    }
+    given = user_code.select_keywords(make, standard) | config.options
+    if not takes_any:
+        user_code.check_options(f"optimizer {name}", own, given)
+    try:
+        optimizer = make(groups, **given)
+    except Exception as error:
+        raise _optimizer_error(name, error) from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(
+            f"optimizer {name}: an object of type {type(optimizer).__name__!r} is no optimizer",
+            fix="name a subclass of torch.optim.Optimizer",
+        )
+    return optimizer
+
+
+def _check_user_optimizer(config: OptimConfig) -> None:
+    """Take two steps with the optimizer of a user.
+
+    Raises:
+        UsageError: an exception in its code, weights that do not change or are not finite, or a
+            state that a checkpoint cannot hold.
+    """
+    name = config.name
+    parameter = nn.Parameter(torch.ones(3, 2))
+    group = {"params": [parameter], "lr": float(config.lr), "weight_decay": config.weight_decay}
+    optimizer = _build_user_optimizer([group], config)
+    try:
+        for _ in range(2):
+            parameter.grad = torch.full_like(parameter, 0.5)
+            optimizer.step()
+    except Exception as error:
+        raise _optimizer_error(name, error) from error
+    values = parameter.detach()
+    if not bool(torch.isfinite(values).all()) or torch.equal(values, torch.ones(3, 2)):
+        raise UsageError(
+            f"optimizer {name}: two steps with a constant gradient leave the weights as they are, "
+            "or make them NaN",
+            fix="update each parameter that has a gradient, in place",
+        )
+    for state in optimizer.state_dict()["state"].values():
+        for key, value in state.items():
+            if value is not None and not torch.is_tensor(value):
+                raise UsageError(
+                    f"optimizer {name}: its state {key!r} is of the type {type(value).__name__!r}, "
+                    "which a checkpoint cannot hold",
+                    fix="keep tensors only, e.g. torch.tensor(0.0) for a count of steps",
+                )
+
+
+def _optimizer_error(name: str, error: Exception) -> UsageError:
+    source = user_code.locate_source("optimizers", name)
+    return UsageError(
+        f"optimizer {name}: {user_code.describe_error(error)}",
+        where=user_code.error_location(error, str(source.path)),
+    )

@@ -18,6 +18,7 @@ from convlens.reports import compare, sections
 from convlens.reports.contents import ReportContents, gather_contents
 from convlens.reports.html import PageSection, compose_page
 from convlens.run import PLOTS_DIR, RunLike, find_run, run_reference, safe_name
+from convlens.user_code import accepts_trust
 from convlens.utils import files, notebook
 from convlens.utils.console import message_scope, print_status, progress_bar, quiet_mode
 
@@ -52,6 +53,7 @@ class Report:
         return {**asdict(self), "path": str(self.path)}
 
 
+@accepts_trust
 @message_scope()
 @preserve_torch_settings()
 def report(
@@ -60,6 +62,7 @@ def report(
     audit: bool | None = None,
     device: str | None = None,
     quiet: bool = True,
+    trust_code: bool = False,
 ) -> Report:
     """Write the page of a run, or a page that compares several.
 
@@ -68,6 +71,7 @@ def report(
         output: the file; by default `plots/<run>/report.html`, or `plots/report-<a>-<b>/...`.
         audit: whether to inspect every image of the data set; by default only small sets.
         device: the best one by default.
+        trust_code: import user code that the model needs; otherwise that is an error.
 
     Raises:
         UsageError: no runs, or unknown ones.

@@ -202,6 +202,7 @@ class Autotuner:
             recipe.optim.clip_value,
             feature_cache.cacheable_backbone(recipe, model),
             batches.process_group.size,
+            *([recipe.code] if recipe.code else []),
         )
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from convlens.data.dataset import Data, Split
 from convlens.data.loader import Batches, Labelled, Prepare, to_unit
-from convlens.data.transforms.pipeline import MIXES
+from convlens.data.transforms.pipeline import mixes_labels
 from convlens.data.transforms.random import SampleInfo
 from convlens.device import Plan, derive_seed, memory_budget
 from convlens.distributed import ProcessGroup
@@ -281,7 +281,7 @@ def cacheable_backbone(recipe: Recipe, model: nn.Module) -> list[str]:
 
 
 def _check_views(recipe: Recipe, prefix: list[str]) -> None:
-    mixes = [name for name, _ in recipe.operations if name in MIXES]
+    mixes = mixes_labels(recipe.operations)
     if not prefix:
         reason = "the first layer of this network is trainable"
     elif not recipe.operations:

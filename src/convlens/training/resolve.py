@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from convlens import models, optim
+from convlens import models, optim, user_code
 from convlens.data import splits
 from convlens.data.transforms import pipeline
+from convlens.engine import losses
 from convlens.errors import UsageError, close_matches, did_you_mean, wrong_type
 from convlens.models import stages
 from convlens.recipe import DataConfig, Recipe, is_recipe_file, load_recipe, recipe_names, variants
@@ -197,7 +199,40 @@ def _load_recipe(
 
     recipe = load_recipe(what, overrides, variant)
     data = recipe.data.model_copy(update={"name": canonical_name(recipe.data.name)})
-    return recipe.model_copy(update={"data": data})
+    code = user_code.source_hashes(_user_parts(recipe))
+    return recipe.model_copy(update={"data": data, "code": code})
+
+
+def _user_parts(recipe: Recipe) -> list[tuple[user_code.Kind, str]]:
+    """Return the names of a recipe that are not in the tables of convlens, by kind."""
+    from convlens.data.sources import is_user_dataset
+
+    parts: list[tuple[user_code.Kind, str]] = []
+    if recipe.model.name not in (*models.MODELS, "auto"):
+        parts.append(("models", recipe.model.name))
+    if recipe.optim.loss not in losses.LOSSES:
+        parts.append(("losses", recipe.optim.loss))
+    if recipe.optim.name not in optim.OPTIMIZERS:
+        parts.append(("optimizers", recipe.optim.name))
+    if is_user_dataset(recipe.data.name):
+        parts.append(("datasets", recipe.data.name))
+    tables = (*pipeline.AUGMENTS, *pipeline.MIXES)
+    names = [name for name, _ in recipe.operations if name not in tables]
+    return parts + [("augmentations", name) for name in names]
+
+
+def named_code(recipes: Iterable[Recipe], named: Iterable[object]) -> frozenset[str]:
+    """Return the user code that the user has named in this call, which is a consent to run it.
+
+    What only a recipe file names is not part of it: the file may be somebody else's.
+
+    Args:
+        named: overrides, names of data sets, and mappings of the Python API.
+    """
+    texts = [str(each) for each in named if isinstance(each, str | os.PathLike | Mapping)]
+    names = {name for recipe in recipes for name in recipe.code}
+    patterns = {name: re.compile(rf"(?<![\w./-]){re.escape(name)}(?![\w-])") for name in names}
+    return frozenset(name for name, pattern in patterns.items() if any(map(pattern.search, texts)))
 
 
 def is_run_of(recipe: Recipe, run_dir: RunDir) -> bool:
@@ -294,6 +329,8 @@ def _dataset_run_name(data: str) -> str:
     from convlens.data.image_paths import is_file_url, path_of_file_url
 
     data = path_of_file_url(data) if is_file_url(data) else data
+    if user_code.is_import_path(data) and not os.path.exists(data):
+        return data.rpartition(":")[2]
     path = Path(data)
     is_file = path.suffix.lower() in (
         ".csv",
@@ -365,10 +402,16 @@ def validate_recipe(recipe: Recipe) -> None:
             rest = {"groups": [], "layer_decay": 1.0, "head_first": 0.0}
             optim.check_optimizer(nn.Linear(1, 1), recipe.optim.model_copy(update=rest))
 
+    def mixes() -> list[str]:
+        try:
+            return pipeline.mixes_labels(recipe.operations)
+        except UsageError:  # `build_pipeline` reports it
+            return []
+
     checks: list[Callable[[], object]] = [
         lambda: splits.check_split_config(recipe.data),
         lambda: _check_selection(recipe),
-        lambda: _check_loss(recipe),
+        lambda: losses.check_loss(recipe.optim, mixes=bool(mixes())),
         check_model,
         lambda: pretrained.check_weights_config(config),
         lambda: pipeline.build_pipeline(recipe.operations),
@@ -385,17 +428,6 @@ def validate_recipe(recipe: Recipe) -> None:
     if errors:
         fix = "; ".join(error.fix for error in errors if error.fix)
         raise UsageError("; ".join(error.what for error in errors), where=recipe.name, fix=fix)
-
-
-def _check_loss(recipe: Recipe) -> None:
-    """Refuse an exponent of the focal loss if the loss is another one."""
-    gamma = recipe.optim.focal_gamma
-    default = type(recipe.optim).model_fields["focal_gamma"].default
-    if recipe.optim.loss != "focal" and gamma != default:
-        raise UsageError(
-            f"optim.focal_gamma={gamma:g} has no effect with optim.loss={recipe.optim.loss}",
-            fix="set optim.loss=focal, or leave out optim.focal_gamma",
-        )
 
 
 def _check_selection(recipe: Recipe) -> None:

@@ -23,7 +23,12 @@ from convlens.device import Plan, derive_seed, memory_budget
 from convlens.distributed import ProcessGroup
 from convlens.engine.data_parallel import convert_sync_batchnorm
 from convlens.engine.loop import Criterion, TrainState
-from convlens.engine.losses import ClassificationLoss, balanced_weights, normalized_weights
+from convlens.engine.losses import (
+    LossInputs,
+    balanced_weights,
+    build_loss,
+    normalized_weights,
+)
 from convlens.engine.numerics import make_grad_scaler
 from convlens.errors import DataError, UsageError, closest_match, did_you_mean
 from convlens.models import stages, zoo
@@ -262,28 +267,24 @@ def build_criterion(recipe: Recipe, data: Data) -> nn.Module:
     """Return the loss that a recipe describes; class weights are those of the training split.
 
     Raises:
-        UsageError: `optim.class_weights` names a class that the data set does not have.
+        UsageError: `optim.class_weights` names a class that the data set does not have, or an
+            option does not suit the loss.
     """
-    options = recipe.optim
-    if options.loss == "cross_entropy" and options.class_weights == "none":
-        return nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
-    weights = _class_weights(recipe, data) if options.class_weights != "none" else None
-    return ClassificationLoss(
-        weights,
-        gamma=options.focal_gamma if options.loss == "focal" else 0.0,
-        label_smoothing=options.label_smoothing,
-    )
+    labels = data.train.labels.cpu()
+    counts = torch.bincount(labels, minlength=len(data.classes))
+    # With `data.balance` an epoch draws other images than those of the training split. What the
+    # loss does about unequal classes corrects only what the sampling leaves.
+    frequencies = class_frequencies(counts, recipe.data.balance)
+    weights = _class_weights(recipe, data, frequencies.tolist())
+    drawn = (frequencies * len(labels)).tolist()
+    return build_loss(LossInputs(recipe.optim, counts=drawn, class_weights=weights))
 
 
-def _class_weights(recipe: Recipe, data: Data) -> list[float]:
-    """Return the requested class weights with a mean of 1 over the images of an epoch.
-
-    With `data.balance` these are other images than those of the training split: `auto` corrects
-    what the sampling leaves.
-    """
+def _class_weights(recipe: Recipe, data: Data, frequencies: list[float]) -> list[float] | None:
+    """Return the requested class weights with a mean of 1 over the images of an epoch."""
     requested = recipe.optim.class_weights
-    counts = torch.bincount(data.train.labels.cpu(), minlength=len(data.classes))
-    frequencies = class_frequencies(counts, recipe.data.balance).tolist()
+    if requested == "none":
+        return None
     if isinstance(requested, str):
         weights = balanced_weights(frequencies)
     else:
@@ -346,7 +347,7 @@ def build_network(
     if config.weights != "none":
         record = _load_pretrained(recipe, data, model, initial_state)
     preprocessing = _preprocessing(data, record)
-    if record is None and isinstance(model, models.DataInitialized):
+    if record is None and models.initializes_from_data(model):
         model.initialize(_sample_images(data.train, preprocessing, device))
     stages.freeze(model, config.trainable)
     if config.freeze_batch_norm:

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from convlens import evaluation, optim, run_plots
+from convlens import evaluation, optim, run_plots, user_code
 from convlens.data.conversion import ChooseSize, pixel_warnings, recorded_conversion
 from convlens.data.dataset import Data, load_data
 from convlens.data.decode import Conversion
@@ -35,7 +35,14 @@ from convlens.distributed import ProcessGroup
 from convlens.engine.data_parallel import DataParallel
 from convlens.engine.inference import validation_metrics
 from convlens.engine.loop import Epoch, NonFiniteLoss, Records, Step, TrainLoop
-from convlens.errors import ConvlensError, DataError, ModelFileError, ResourceError, Stopped
+from convlens.errors import (
+    ConvlensError,
+    DataError,
+    ModelFileError,
+    ResourceError,
+    Stopped,
+    UsageError,
+)
 from convlens.recipe import DataConfig, Recipe
 from convlens.run import (
     VALIDATION_COLUMNS,
@@ -131,6 +138,8 @@ def train(
         context.process_group,
         lambda: _find_run_dir(recipe, name, context, plain_name=plain_name, fresh=fresh),
     )
+    if recipe.code:
+        _check_code(recipe, run_dir, context)
     if extend:
         context.broadcast(lambda: extend_run(run_dir, recipe))
     data = None
@@ -205,6 +214,34 @@ def _find_run_dir(
     if fresh or run_dir.metadata():
         return run_dir
     return _find_run_of_moved_data(recipe, name, context) or run_dir
+
+
+def _check_code(recipe: Recipe, run_dir: RunDir, context: RuntimeContext) -> None:
+    """Say that a run is new because user code has changed since another run of the same recipe.
+
+    Raises:
+        UsageError: the source is another one on this rank than on rank 0.
+    """
+    if context.broadcast(lambda: recipe.code) != recipe.code:
+        raise UsageError(
+            f"not all processes have the same source of {', '.join(recipe.code)}",
+            fix="copy the file to all machines",
+        )
+    if not context.is_main_process or run_dir.metadata():
+        return
+    for other in list_runs():
+        try:
+            code = other.recipe().code
+        except ConvlensError:
+            continue
+        before = recipe.model_copy(update={"code": code})
+        changed = [name for name, sha256 in recipe.code.items() if code.get(name) != sha256]
+        if changed and code.keys() == recipe.code.keys() and other.has_digest(before.digest()):
+            copies = other.path / user_code.COPIES_FOLDER
+            print_status(
+                f"{escape(', '.join(changed))} has changed since run [bold]{escape(other.name)}[/] "
+                f"(its copy: {escape(str(copies))}): this is another run"
+            )
 
 
 def _find_run_of_moved_data(
@@ -522,6 +559,8 @@ def run_train_loop(job: TrainingJob, process_group: ProcessGroup) -> Records:
             if process_group.size > 1
             else None
         ),
+        # Optimizers of users do not know the flag that skips an update on the device.
+        check_loss_synchronously=optim.is_user_optimizer(job.recipe.optim.name) or None,
     )
     return loop.run(
         TimedBatches(job.inputs.batches, job.state),

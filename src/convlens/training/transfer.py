@@ -188,6 +188,11 @@ def _with_network_of_weights(config: ModelConfig) -> ModelConfig:
     source = pretrained.run_of_weights(config)
     if source is not None:
         network = run.load_model(source.model_path).model_metadata["model"]
+        if models.is_user_network(network["name"]):
+            raise UsageError(
+                f"the network of model.weights={config.weights} is user code, which must be named",
+                fix=f"add model.name={network['name']}",
+            )
         content = config.model_dump(mode="json")
         return ModelConfig(**{**network["options"], **content, "name": network["name"]})
     raise UsageError(

@@ -1,4 +1,5 @@
-"""Options of a whole command that are read far below it: `--debug` and `--figures`.
+"""Options of a whole command that are read far below it: `--debug`, `--figures` and
+`--trust-code`.
 
 They are kept in a `ContextVar`. Writing them to `os.environ` would change them for the whole
 process and for every process that it starts. The variables CONVLENS_DEBUG and CONVLENS_FIGURES
@@ -19,6 +20,7 @@ class Options:
 
     debug: bool | None = None
     figures: str | None = None
+    trust_code: bool = False
 
 
 DEFAULTS = Options()
@@ -44,3 +46,8 @@ def debug() -> bool:
 def figures() -> str | None:
     """Return the second format of every figure (`svg`, `pdf`), `none`, or None by default."""
     return _current.get().figures or os.environ.get("CONVLENS_FIGURES") or None
+
+
+def trust_code() -> bool:
+    """Return whether the command was given `--trust-code`."""
+    return _current.get().trust_code

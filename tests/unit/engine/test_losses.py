@@ -1,9 +1,10 @@
-"""The weighted and the focal loss: values by hand, against torch, over batches cut in parts."""
+"""The losses: values by hand, against torch, over batches cut in parts."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,20 @@ from torch.nn import functional as F
 
 from convlens import optim
 from convlens.engine.loop import TrainLoop
-from convlens.engine.losses import ClassificationLoss, balanced_weights, normalized_weights
+from convlens.engine.losses import (
+    AsymmetricLoss,
+    ClassificationLoss,
+    LogitAdjustedLoss,
+    LossInputs,
+    balanced_weights,
+    build_loss,
+    check_loss,
+    class_balanced_weights,
+    loss_of_guessing,
+    loss_options,
+    normalized_weights,
+)
+from convlens.errors import UsageError
 from convlens.models.cnn import CNN
 from convlens.recipe import OptimConfig
 from helpers.support import PLAN, same
@@ -101,7 +115,78 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x: loss(x, labels), (inputs,))
 
 
+def test_the_logit_adjusted_loss_by_hand() -> None:
+    # Shares of 0.8 and 0.2 as factors: 1 * 0.8 against 3 * 0.2, so 4/7 and 3/7.
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
+    loss = LogitAdjustedLoss([0.8, 0.2])(logits, torch.tensor([0, 1]))
+    assert float(loss) == pytest.approx((math.log(7 / 4) + math.log(7 / 3)) / 2, rel=1e-6)
+    # tau = 2: 0.64 against 3 * 0.04, so 16/19 and 3/19.
+    loss = LogitAdjustedLoss([0.8, 0.2], tau=2)(logits, torch.tensor([0, 1]))
+    assert float(loss) == pytest.approx((math.log(19 / 16) + math.log(19 / 3)) / 2, rel=1e-6)
+
+
+def test_equal_shares_adjust_nothing() -> None:
+    logits, labels = batch()
+    loss = LogitAdjustedLoss([1 / 3] * 3, label_smoothing=0.1)(logits, labels)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels, label_smoothing=0.1))
+
+
+def test_the_asymmetric_loss_by_hand() -> None:
+    # Probabilities 1/2, 1/4, 1/4, the label is the first class; each class has 0.3 / 3 of it.
+    logits = torch.tensor([[math.log(2), 0.0, 0.0]])
+    loss = AsymmetricLoss(gamma_pos=1, gamma_neg=2, label_smoothing=0.3)
+    expected = 0.8 * (1 / 2) * math.log(2) + 2 * 0.1 * (1 / 4) ** 2 * math.log(4)
+    assert float(loss(logits, torch.tensor([0]))) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("gamma_pos", [0.0, 0.5, 2.0])
+def test_the_asymmetric_loss_is_that_of_its_authors(gamma_pos: float) -> None:
+    """`ASLSingleLabel` of github.com/Alibaba-MIIL/ASL, in their order of operations."""
+    logits, labels = batch()
+    log_probs = logits.log_softmax(1)
+    is_label = F.one_hot(labels, 3)
+    is_other = 1 - is_label
+    probs = log_probs.exp()
+    base = 1 - probs * is_label - (1 - probs) * is_other
+    weighted = log_probs * base.pow(gamma_pos * is_label + 4.0 * is_other)
+    smoothed = is_label * 0.9 + 0.1 / 3
+    expected = -(smoothed * weighted).sum(1).mean()
+    loss = AsymmetricLoss(gamma_pos=gamma_pos, gamma_neg=4.0, label_smoothing=0.1)
+    torch.testing.assert_close(loss(logits, labels), expected)
+
+
+def test_without_exponents_the_asymmetric_loss_is_cross_entropy() -> None:
+    logits, labels = batch()
+    loss = AsymmetricLoss(gamma_pos=0, gamma_neg=0, label_smoothing=0.2)
+    torch.testing.assert_close(
+        loss(logits, labels), F.cross_entropy(logits, labels, label_smoothing=0.2)
+    )
+
+
+@pytest.mark.parametrize("loss", [AsymmetricLoss(WEIGHTS), LogitAdjustedLoss([0.7, 0.2, 0.1])])
+def test_the_loss_of_a_mixed_label_is_the_mix_of_the_losses(loss: nn.Module) -> None:
+    logits, labels = batch()
+    others = labels.roll(1)
+    mixed = 0.75 * F.one_hot(labels, 3) + 0.25 * F.one_hot(others, 3)
+    expected = 0.75 * loss(logits, labels) + 0.25 * loss(logits, others)
+    torch.testing.assert_close(loss(logits, mixed), expected)
+
+
 # Weights
+
+
+def test_class_balanced_weights_by_hand() -> None:
+    # beta = 1/2: 1, 2 and 3 images count as 1, 3/2 and 7/4 images.
+    weights = class_balanced_weights([1, 2, 3], 0.5)
+    mean = (1 * 1 + 2 * (2 / 3) + 3 * (4 / 7)) / 6
+    assert weights == pytest.approx([1 / mean, (2 / 3) / mean, (4 / 7) / mean])
+
+
+def test_class_balanced_weights_are_between_equal_and_balanced_ones() -> None:
+    counts = [500.0, 20.0, 0.0]
+    assert class_balanced_weights(counts, 0.0) == pytest.approx([1, 1, 0])
+    almost = class_balanced_weights(counts, 1 - 1e-9)
+    assert almost == pytest.approx(balanced_weights(counts), rel=1e-5)
 
 
 def test_balanced_weights_are_those_of_scikit_learn() -> None:
@@ -125,11 +210,19 @@ def test_weights_have_a_mean_of_one_over_the_images(counts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("criterion", ["weighted", "focal"])
-def test_one_batch_equals_three_micro_batches(criterion: str, soft: bool) -> None:
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ClassificationLoss(WEIGHTS, label_smoothing=0.1),
+        ClassificationLoss(WEIGHTS, gamma=2.0, label_smoothing=0.1),
+        ClassificationLoss(class_balanced_weights([5, 5, 3], 0.9)),
+        LogitAdjustedLoss([5 / 13, 5 / 13, 3 / 13], weights=WEIGHTS),
+        AsymmetricLoss(WEIGHTS),
+    ],
+    ids=["weighted", "focal", "class_balanced", "logit_adjusted", "asymmetric"],
+)
+def test_one_batch_equals_three_micro_batches(loss: nn.Module, soft: bool) -> None:
     """The weights of the micro-batches differ: a mean over weights would not add up."""
-    gamma = 2.0 if criterion == "focal" else 0.0
-    loss = ClassificationLoss(WEIGHTS, gamma=gamma, label_smoothing=0.1)
     images = torch.randn(13, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     targets = torch.tensor([0] * 5 + [1] * 5 + [2] * 3)  # parts of 5, 5 and 3
     if soft:
@@ -166,3 +259,69 @@ def test_the_weights_move_with_the_loss_and_are_not_trained() -> None:
     loss = ClassificationLoss(WEIGHTS)
     assert not list(loss.parameters())
     same(dict(loss.state_dict()), {"weights": torch.tensor(WEIGHTS)})
+
+
+# The registry
+
+
+def build(*, counts: tuple[float, ...] = (8.0, 2.0), **values: Any) -> nn.Module:
+    return build_loss(LossInputs(OptimConfig(**values), counts))
+
+
+def test_options_reach_the_loss() -> None:
+    loss = build(loss="class_balanced", loss_options={"beta": 0.5, "gamma": 1.5})
+    assert isinstance(loss, ClassificationLoss)
+    assert loss.gamma == 1.5
+    assert loss.weights is not None
+    assert loss.weights.tolist() == pytest.approx(class_balanced_weights([8, 2], 0.5))
+    adjusted = build(loss="logit_adjusted", loss_options={"tau": 0.5})
+    assert isinstance(adjusted, LogitAdjustedLoss)
+    expected = [0.5 * math.log(0.8), 0.5 * math.log(0.2)]
+    assert adjusted.adjustment.tolist() == pytest.approx(expected)
+    asymmetric = build(loss="asymmetric", loss_options={"gamma_pos": 1}, label_smoothing=0.1)
+    assert isinstance(asymmetric, AsymmetricLoss)
+    assert (asymmetric.gamma_pos, asymmetric.gamma_neg) == (1, 4.0)
+    assert loss_options("asymmetric") == {"gamma_pos": 0.0, "gamma_neg": 4.0}
+    assert loss_options("cross_entropy") == {}
+
+
+def test_a_class_without_images_has_a_finite_adjustment() -> None:
+    loss = build(loss="logit_adjusted", counts=(9.0, 0.0))
+    assert bool(torch.isfinite(loss(torch.zeros(1, 2), torch.tensor([1]))))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"loss": "fokal"}, "unknown loss 'fokal'"),
+        ({"loss": "focal", "loss_options": {"beta": 0.9}}, "focal has no option 'beta'"),
+        ({"loss": "class_balanced", "loss_options": {"betta": 1}}, r"'betta' \(did you mean beta"),
+        ({"loss": "class_balanced", "loss_options": {"beta": 1}}, "beta=1 is not a number"),
+        ({"loss": "class_balanced", "loss_options": {"beta": "x"}}, "beta='x' is not a number"),
+        ({"loss": "class_balanced", "class_weights": "auto"}, "class weights of its own"),
+        ({"loss": "logit_adjusted", "loss_options": {"tau": -1}}, "tau=-1 is not a number"),
+        ({"loss": "asymmetric"}, "without optim.label_smoothing"),
+        ({"focal_gamma": 1.5}, "no effect with optim.loss=cross_entropy"),
+    ],
+)
+def test_unsuitable_options_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_loss(OptimConfig(**values))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"class_weights": "auto", "label_smoothing": 0.1}, math.log(4)),
+        ({"loss": "focal", "focal_gamma": 1.0}, 0.75 * math.log(4)),
+        ({"loss": "class_balanced"}, math.log(4)),
+        ({"loss": "logit_adjusted"}, math.log(4)),
+        # 0.85 for the label, 0.05 for each of three classes, times (1/4)^4.
+        (
+            {"loss": "asymmetric", "label_smoothing": 0.2},
+            (0.85 + 3 * 0.05 / 4**4) * math.log(4),
+        ),
+    ],
+)
+def test_the_loss_of_guessing_by_hand(values: dict[str, Any], expected: float) -> None:
+    assert loss_of_guessing(OptimConfig(**values), 4) == pytest.approx(expected)

@@ -12,12 +12,13 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from convlens import user_code
 from convlens.data.transforms import auto_augment, color, geometry, mixup
 from convlens.data.transforms.random import SampleInfo, for_whole_batch
 from convlens.errors import UsageError, close_matches, did_you_mean_suffix, lookup
@@ -255,6 +256,7 @@ class Pipeline:
     steps: tuple[PipelineStep, ...]
     mixes: tuple[PipelineStep, ...] = ()
     classes: int = 0
+    user_entries: Mapping[str, Augmentation | Mixing] = field(default_factory=dict)
 
     def __call__(
         self, images: Tensor, labels: Tensor, sample_info: SampleInfo, generator: torch.Generator
@@ -275,12 +277,14 @@ class Pipeline:
             ValueError: Images are mixed and the number of classes is unknown.
         """
         for name, arguments in self.steps:
-            images = AUGMENTS[name](images, generator, sample_info, **arguments)
+            augmentation = cast(Augmentation, self.user_entries.get(name) or AUGMENTS[name])
+            images = augmentation(images, generator, sample_info, **arguments)
         if self.mixes and not self.classes:
             raise ValueError("pass the number of classes to `build_pipeline` to mix labels")
         for name, arguments in self.mixes:
             labels = mixup.one_hot(labels, self.classes)
-            images, labels = MIXES[name](images, labels, generator, **arguments)
+            mixing = cast(Mixing, self.user_entries.get(name) or MIXES[name])
+            images, labels = mixing(images, labels, generator, **arguments)
         return images, labels
 
 
@@ -301,7 +305,9 @@ def build_pipeline(
     """
     problems: list[str] = []
     signatures: dict[str, None] = {}
-    table: dict[str, AugmentEntry] = {**AUGMENTS, **MIXES}
+    user_entries = {name: user_augmentation(name) for name, _ in ops if is_user_augmentation(name)}
+    table: dict[str, AugmentEntry] = {**AUGMENTS, **MIXES, **user_entries}
+    mixing = {name for name, entry in table.items() if isinstance(entry, Mixing)}
     for name, arguments in ops:
         try:
             entry = lookup(table, name, "augmentation")
@@ -315,15 +321,96 @@ def build_pipeline(
         problems += argument_problems
         if argument_problems:
             signatures[f"{name} takes {', '.join(entry.rules) or 'no arguments'}"] = None
-    steps = [(name, dict(arguments)) for name, arguments in ops if name not in MIXES]
-    mixes = [(name, dict(arguments)) for name, arguments in ops if name in MIXES]
+    steps = [(name, dict(arguments)) for name, arguments in ops if name not in mixing]
+    mixes = [(name, dict(arguments)) for name, arguments in ops if name in mixing]
     if [name for name, _ in ops] != [name for name, _ in (*steps, *mixes)]:
         problems.append(f"{mixes[0][0]} mixes images and labels of a batch: it must come last")
     if problems:
         shown = "; ".join(problems[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UsageError(shown + more, where="augment", fix="; ".join(list(signatures)[:3]))
-    return Pipeline(tuple(steps), tuple(mixes), classes)
+    for name, entry in user_entries.items():
+        arguments = next(arguments for each, arguments in ops if each == name)
+        _check_user_augmentation(name, entry, arguments, image_size or 32, channels or 3)
+    return Pipeline(tuple(steps), tuple(mixes), classes, user_entries)
+
+
+def is_user_augmentation(name: str) -> bool:
+    """Return whether a name means an augmentation that a user wrote."""
+    is_own = name in AUGMENTS or name in MIXES
+    return not is_own and user_code.is_user_code("augmentations", name)
+
+
+def mixes_labels(ops: Sequence[PipelineStep]) -> list[str]:
+    """Return the names of the operations that mix images and labels; all names must be known."""
+
+    def mixes(name: str) -> bool:
+        if is_user_augmentation(name):
+            return isinstance(user_augmentation(name), Mixing)
+        return name in MIXES
+
+    return [name for name, _ in ops if mixes(name)]
+
+
+def user_augmentation(name: str) -> Augmentation | Mixing:
+    """Return the entry for an augmentation of the user.
+
+    It is a function `(images, generator, *, ...) -> images`, with a third parameter `sample_info`
+    if it needs that, or `(images, labels, generator, *, ...) -> (images, labels)`.
+    """
+    function = user_code.load_object("augmentations", name)
+    parameters = inspect.signature(function).parameters.values()
+    rules = {p.name: _any_value for p in parameters if p.kind is p.KEYWORD_ONLY}
+    if "labels" in [p.name for p in parameters]:
+        return Mixing(function, rules)
+    # A function draws its numbers for the images that it gets, so these must be the full batch.
+    return Augmentation(function, rules, needs_full_batch=True)
+
+
+def _any_value(value: Any, context: RuleContext) -> str:
+    return ""
+
+
+def _check_user_augmentation(
+    name: str, entry: Augmentation | Mixing, arguments: Mapping[str, Any], size: int, channels: int
+) -> None:
+    """Apply an augmentation of the user to four images.
+
+    Raises:
+        UsageError: an exception in its code, or a result of another shape, type or range.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, channels, size, size, generator=generator)
+    labels = torch.eye(4)
+    try:
+        if isinstance(entry, Mixing):
+            result, labels = entry(images, labels, generator, **arguments)
+        else:
+            info = SampleInfo(torch.arange(4), 1, 0)
+            result = entry(images, generator, info, **arguments)
+    except Exception as error:
+        source = user_code.locate_source("augmentations", name)
+        raise UsageError(
+            f"augmentation {name}: {user_code.describe_error(error)}",
+            where=user_code.error_location(error, str(source.path)),
+        ) from error
+    is_image = isinstance(result, Tensor) and result.dtype == torch.float32
+    if not is_image or result.shape[:2] != images.shape[:2] or result.ndim != 4:
+        found = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else result
+        raise UsageError(
+            f"augmentation {name}: returned {found} for float32 {list(images.shape)}",
+            fix="return float32 images of the same number and channels",
+        )
+    if not bool(((result >= 0) & (result <= 1)).all()):
+        raise UsageError(
+            f"augmentation {name}: values from {result.min():.3g} to {result.max():.3g}",
+            fix="keep values from 0 to 1, e.g. with images.clamp(0, 1)",
+        )
+    if labels.shape != (4, 4) or not torch.allclose(labels.sum(1), torch.ones(4), atol=1e-4):
+        raise UsageError(
+            f"augmentation {name}: labels are not probabilities of classes [N, K]",
+            fix="each row must have the sum 1",
+        )
 
 
 def _find_problems(
