@@ -324,7 +324,8 @@ class Predictor:
         """Classify images; arguments, result and errors are those of `convlens.predict`."""
         check_count("top_k", top_k)
         promises = Promises.of(self._loaded.calibration, min_accuracy, confidence, prediction_set)
-        if quiet and tta is channels is range is max_pixels is None:
+        is_plain = tta is None and channels is None and range is None and max_pixels is None
+        if quiet and is_plain:
             prediction = self._predict_file(inputs, min(top_k, len(self.classes)), promises)
             if prediction is not None:
                 return [prediction]
@@ -368,14 +369,16 @@ class Predictor:
             None for other inputs, for files that can't be read, and where there is something to
             warn of.
         """
-        if any(module.training for module in self._layers):  # somebody has changed the network
-            return None
+        for module in self._layers:
+            if module.training:  # somebody has changed the network
+                return None
         deep: list[DeepFacts] = []
         try:
             if isinstance(inputs, bytes):
                 name, content = "0", inputs
-            elif isinstance(inputs, str | os.PathLike) and isinstance(os.fspath(inputs), str):
-                name, content = str(os.fspath(inputs)), read_bytes(inputs)
+            elif isinstance(inputs, str | os.PathLike):
+                name = os.fsdecode(inputs)
+                content = read_bytes(name)
             else:
                 return None
             pixels = self._conversion.file(content, name, deep.append)

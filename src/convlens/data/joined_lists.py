@@ -439,8 +439,8 @@ def _read_kaggle_ilsvrc(folder: Path) -> tuple[list[_Entry], list[str]]:
                 where=str(table),
                 fix="give each image one class",
             )
-        path = f"{_ILSVRC_IMAGES}/val/{row['ImageId']}.JPEG"
-        entries.append(_Entry(path, classes.pop(), "val"))
+        image = f"{_ILSVRC_IMAGES}/val/{row['ImageId']}.JPEG"
+        entries.append(_Entry(image, classes.pop(), "val"))
     notes = [f"train is read from its class folders, val from {_ILSVRC_SOLUTION}"]
     if (folder / _ILSVRC_IMAGES / "test").is_dir():
         notes.append(f"{_ILSVRC_IMAGES}/test is not used: its images have no labels")
