@@ -148,7 +148,11 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
 
+        has_started = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in SECURITY_HEADERS.items():
@@ -164,6 +168,11 @@ class Guard:
         self._active += 1
         try:
             await self.app(scope, self._limited(receive), send_with_headers)
+        except asyncio.CancelledError:
+            # At its end uvicorn cancels what takes too long, e.g. a model that is being loaded, and
+            # would print a traceback.
+            if not has_started:
+                await refuse(503, "the server has been stopped")(scope, receive, send_with_headers)
         finally:
             self._active -= 1
 

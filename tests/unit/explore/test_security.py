@@ -244,6 +244,26 @@ def test_requests_above_the_limit_are_refused() -> None:
     assert run_guard(post_scope(), body, Limits(requests=1)) == [200]
 
 
+def test_request_that_is_cancelled_at_the_end_of_the_server_is_answered() -> None:
+    async def wait(*_: Any) -> Any:
+        await asyncio.sleep(60)
+
+    async def cancel_request() -> list[int]:
+        sent: list[int] = []
+
+        async def send(message: Any) -> None:
+            sent.extend([message["status"]] if message["type"] == "http.response.start" else [])
+
+        guard = Guard(wait, access=Access(""), limits=Limits())
+        task = asyncio.create_task(guard(post_scope(), wait, send))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await task
+        return sent
+
+    assert asyncio.run(cancel_request()) == [503]
+
+
 def test_two_host_headers_are_refused() -> None:
     async def body() -> Any:
         return {"type": "http.request", "body": b"", "more_body": False}
