@@ -426,7 +426,7 @@ class OptimConfig(Section):
     )
     loss: Literal["cross_entropy", "focal"] = Field(
         default="cross_entropy",
-        description="The loss. focal multiplies the cross-entropy of an image by "
+        description="The loss. focal (Lin et al. 2017) multiplies the cross-entropy of an image by "
         "(1 - p)^focal_gamma, where p is the probability of its class, so that images that are "
         "already classified well count less.",
     )
