@@ -482,7 +482,7 @@ def look(
         opened = inputs.open_look_inputs(
             [*_references(runs), *names],
             device=device,
-            examples=look_options.needs_images,
+            examples=look_options.num_examples,
             data=look_options.data,
             max_pixels=look_options.max_pixels,
         )

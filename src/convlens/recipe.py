@@ -436,12 +436,13 @@ class OptimConfig(Section):
     )
     loss: str = Field(
         default="cross_entropy",
-        description="The loss, or one of yours (FILE.py:NAME). focal multiplies the cross-entropy "
-        "of an image by (1 - p)^focal_gamma, where p is the probability of its class, so that "
-        "images that are already classified well count less. class_balanced weights classes by "
-        "their effective number of images. logit_adjusted adds the log of the class frequencies "
-        "to the logits while training. asymmetric counts classes other than the label less if "
-        "their probability is small; it needs label_smoothing.",
+        description="The loss, or one of yours (FILE.py:NAME). focal (Lin et al. 2017) "
+        "multiplies the cross-entropy of an image by (1 - p)^focal_gamma, where p is the "
+        "probability of its class, so that images that are already classified well count less. "
+        "class_balanced (Cui et al. 2019) weights classes by their effective number of images. "
+        "logit_adjusted (Menon et al. 2021) adds the log of the class frequencies to the logits "
+        "while training. asymmetric (Ridnik et al. 2021) counts classes other than the label less "
+        "if their probability is small; it needs label_smoothing.",
         json_schema_extra=_or_user_code(
             ["asymmetric", "class_balanced", "cross_entropy", "focal", "logit_adjusted"]
         ),

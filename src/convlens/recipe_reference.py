@@ -91,7 +91,8 @@ class RecipeKey:
 
 def recipe_keys(recipe: Recipe) -> list[RecipeKey]:
     """Return all keys of a recipe in its order; options of its network follow those of `model`."""
-    keys = [_key_of_field(recipe, Recipe, name, "") for name in ("about", "augment")]
+    outside = [name for name in Recipe.model_fields if name not in SECTIONS and name != "name"]
+    keys = [_key_of_field(recipe, Recipe, name, "") for name in outside]
     for section, kind in SECTIONS.items():
         values = getattr(recipe, section)
         keys += [_key_of_field(values, kind, name, f"{section}.") for name in kind.model_fields]

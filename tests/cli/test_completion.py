@@ -94,7 +94,7 @@ def test_every_recipe_set_key_method_and_measurement_is_suggested() -> None:
     assert set(recipe.recipe_names()) | set(SOURCES) <= set(completed("train "))
     assert {*completion.BUILT_IN_SETS, *download.DOWNLOADS} == set(SOURCES)
     fields = {f"{s}.{name}=" for s, kind in recipe.SECTIONS.items() for name in kind.model_fields}
-    assert set(completed("train mnist ")) == fields | {"augment="}
+    assert set(completed("train mnist ")) >= fields | {"augment="}
     assert set(METHODS_LISTED) == set(METHODS)
     assert set(completed("look alpha --measure ")) == {"all", *NAMES}
 

@@ -345,7 +345,8 @@ TtaOption = Annotated[
     typer.Option(
         metavar="VIEWS",
         help="Also average the answers for mirrored (flip) or mirrored and shifted (flip+shifts) "
-        "copies of each image, beside the plain answer. Not for text or digits.",
+        "copies of each image, beside the plain answer. Only for classes that mirroring does not "
+        "change: not for text or digits.",
         autocompletion=lambda incomplete: completion.one_of(incomplete, "flip", "flip+shifts"),
     ),
 ]

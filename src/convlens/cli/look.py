@@ -302,7 +302,7 @@ def look(
     opened = inputs.open_look_inputs(
         names,
         device=device,
-        examples=options.needs_images,
+        examples=options.num_examples,
         data=dataset,
         max_pixels=max_pixels,
     )

@@ -56,6 +56,9 @@ LIBRARY_CLASSES = 1000  # outputs of a network of a library, unless its weights 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 EXAMPLE_CANDIDATES = 512  # images among which examples are chosen
 EXAMPLES = 3  # classes of which a correctly classified example is chosen
+# Correctly classified images for the checks of attribution maps, which give no interval for fewer
+# than five.
+EXAMPLES_FOR_CHECKS = 8
 EXAMPLE_BATCH = 128
 MAX_FOLDER_NAME = 120  # characters
 HELD_OUT_INTERVAL = 5  # one image in five is held out if a data set has no separate split
@@ -434,17 +437,21 @@ def worst_images(subject: InspectedModel, split: Split) -> Tensor:
 
 
 def example_pictures(
-    subject: InspectedModel, data: str | Path | DataConfig | None = None
+    subject: InspectedModel,
+    data: str | Path | DataConfig | None = None,
+    *,
+    count: int = EXAMPLES,
 ) -> list[Picture]:
-    """Return images that represent a network: three correct ones and a mistake.
+    """Return images that represent a network: `count` correct ones and a mistake.
 
     Among 512 images spread evenly over the validation split (training images if there is none) or
-    another data set: for each of the first three classes that have one, the first correctly
-    classified image; and the mistake with the lowest probability of its class.
+    another data set: for each of the first `count` classes that have one, the first correctly
+    classified image; and the mistake with the lowest probability of its class. For the checks of
+    maps, further images of the classes follow if there are fewer than `count` classes.
     """
     split, split_name = subject.reference_split(data=data)
-    count = min(EXAMPLE_CANDIDATES, len(split))
-    index = torch.linspace(0, len(split) - 1, count).round().long()
+    candidates = min(EXAMPLE_CANDIDATES, len(split))
+    index = torch.linspace(0, len(split) - 1, candidates).round().long()
     pixels, labels = split.rows.gather(index), split.labels[index]
     normalize = subject.loaded.preprocessing.normalize
     logits = torch.cat(
@@ -455,28 +462,39 @@ def example_pictures(
     ).cpu()
     scaled = logits.double() / subject.loaded.calibration.temperature
     probs = scaled.softmax(1).nan_to_num(0).numpy()
-    examples = pick_examples(probs, labels.numpy(), EXAMPLES)
+    is_for_checks = count > EXAMPLES
+    examples = pick_examples(probs, labels.numpy(), count, repeat_classes=is_for_checks)
+    shown = f"up to {count}" if is_for_checks else "one"
+    classes = "" if is_for_checks else f" for each of {count} classes"
     print_status(
-        f"no images given: of {len(index):,} {split_name} images, showing one that {subject.name} "
-        f"classifies correctly for each of {EXAMPLES} classes, and its worst mistake"
+        f"no images given: of {len(index):,} {split_name} images, showing {shown} that "
+        f"{subject.name} classifies correctly{classes}, and its worst mistake"
     )
     return [Picture(f"{split_name}:{int(index[i])}", pixels[i], int(labels[i])) for i in examples]
 
 
-def pick_examples(probs: np.ndarray, targets: np.ndarray, count: int) -> list[int]:
+def pick_examples(
+    probs: np.ndarray, targets: np.ndarray, count: int, *, repeat_classes: bool = False
+) -> list[int]:
     """Return the first correct image of each of the first `count` classes, then the worst mistake.
 
     Args:
         probs: `[N, K]`.
         targets: int64 `[N]`.
         count: number of classes; classes without a correct image are skipped.
+        repeat_classes: if there are fewer classes, add the second correct image of each, and so on.
 
     Returns:
         Indices into `probs`.
     """
     correct = np.flatnonzero(probs.argmax(1) == targets)
     _, first = np.unique(targets[correct], return_index=True)  # sorted by class
-    return [*correct[first][:count].tolist(), *worst_mistake_images(probs, targets)[:1].tolist()]
+    chosen = correct[first]
+    while repeat_classes and len(chosen) < min(count, len(correct)):
+        rest = np.setdiff1d(correct, chosen)
+        _, first = np.unique(targets[rest], return_index=True)
+        chosen = np.concatenate([chosen, rest[first]])
+    return [*chosen[:count].tolist(), *worst_mistake_images(probs, targets)[:1].tolist()]
 
 
 # Arguments of `convlens look`
@@ -504,7 +522,7 @@ def open_look_inputs(
     arguments: Sequence[str],
     *,
     device: str | None = None,
-    examples: bool = True,
+    examples: int = EXAMPLES,
     data: str | Path | DataConfig | None = None,
     max_pixels: int | None = None,
 ) -> LookInputs:
@@ -516,7 +534,8 @@ def open_look_inputs(
     Args:
         arguments: networks and images, in any order.
         device: where to put the networks; by default the best device.
-        examples: if no image is named, use those of `example_pictures`.
+        examples: number of correctly classified images of `example_pictures` that are used if no
+            image is named; 0 for none.
         data: the data set of `test:17`, `worst:5` and so on, if it is not the run's own.
         max_pixels: larger files are refused; by default the limit of the training.
 
@@ -621,7 +640,7 @@ def check_has_weights(text: str) -> None:
 def _pictures_for_all(
     subjects: Sequence[InspectedModel],
     arguments: Sequence[str],
-    examples: bool,
+    examples: int,
     data: str | Path | DataConfig | None,
     max_pixels: int | None,
 ) -> list[tuple[Picture, ...]]:
@@ -644,7 +663,7 @@ def _pictures_for_all(
     ids = [row[0].id for row in pictures]
     pictures = [row for i, row in enumerate(pictures) if ids[i] is None or ids[i] not in ids[:i]]
     if not arguments and examples:
-        selected = example_pictures(source, data)
+        selected = example_pictures(source, data, count=examples)
         pictures += [tuple(convert_picture(each, source, s) for s in subjects) for each in selected]
     return pictures
 

@@ -22,6 +22,8 @@ from convlens.interpret.activations import (
     write_figure,
 )
 from convlens.interpret.inputs import (
+    EXAMPLES,
+    EXAMPLES_FOR_CHECKS,
     InspectedModel,
     LookInputs,
     check_external_split,
@@ -183,6 +185,13 @@ class LookOptions:
             self.draw_activations or self.layers or self.attribution or self.nearest
         )
         return shows_images or not (self.filters or self.uses_split)
+
+    @property
+    def num_examples(self) -> int:
+        """How many correctly classified images to choose if none are named."""
+        if not self.needs_images:
+            return 0
+        return EXAMPLES_FOR_CHECKS if self.sanity else EXAMPLES
 
     @property
     def activations(self) -> bool:

@@ -361,12 +361,15 @@ def _check_data_name(text: str, runs: Sequence[str] = (), *, or_recipe: bool = T
     folders: list[str] = []
     with suppress(OSError):  # the current directory may be unreadable
         folders = sorted(entry.name for entry in os.scandir() if is_directory(entry))
-    recipes = recipe_names() if or_recipe else []
+    # Not the recipe for own images: who mistypes the name of a folder does not mean it.
+    recipes = [name for name in recipe_names() if name != "folder"] if or_recipe else []
     close = close_matches(text, list(dict.fromkeys([*recipes, *datasets, *folders, *runs])))
     if not or_recipe:
         fix = did_you_mean(close) or f"choose from: {', '.join(datasets)}"
         raise UsageError(f"unknown data {text!r}", fix=f"{fix} (or name a folder or CSV)")
-    fix = did_you_mean(close) or "`convlens recipes` lists the recipes"
+    fix = did_you_mean(close) or (
+        "name a folder or list of images, or a recipe: `convlens recipes` lists them"
+    )
     what = "neither a recipe, a data set nor a run" if runs else "neither a recipe nor a data set"
     raise UsageError(f"{text!r} is {what}", fix=fix)
 

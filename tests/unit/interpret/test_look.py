@@ -14,7 +14,15 @@ from PIL import Image
 import convlens
 from convlens.errors import UsageError
 from convlens.interpret import features
-from convlens.interpret.inputs import EXAMPLES, LookInputs, Picture, open_inspected_model
+from convlens.interpret.attribution_sanity import MIN_IMAGES_FOR_INTERVAL
+from convlens.interpret.inputs import (
+    EXAMPLES,
+    EXAMPLES_FOR_CHECKS,
+    LookInputs,
+    Picture,
+    open_inspected_model,
+    pick_examples,
+)
 from convlens.interpret.look import LookOptions, look
 from convlens.run import RunDir
 from helpers.activation_networks import subject
@@ -68,6 +76,26 @@ def test_examples_are_shown_if_no_images_are_given() -> None:
         assert Path(file).exists()
     stages = result["images"][0]["runs"]["small"]["stages"]
     assert [(each["layer"], each["channels"]) for each in stages] == [("stage1", 4), ("stage2", 8)]
+
+
+def test_checks_of_maps_get_enough_examples_for_an_interval() -> None:
+    assert LookOptions().num_examples == EXAMPLES
+    assert LookOptions(measure=["dead"]).num_examples == 0
+    why = LookOptions().with_views(["why"])
+    assert (why.attribution, why.sanity) == (("all",), True)
+    assert why.num_examples == EXAMPLES_FOR_CHECKS > MIN_IMAGES_FOR_INTERVAL
+    with pytest.raises(UsageError, match="unknown view 'wy'"):
+        LookOptions().with_views(["wy"])
+
+
+def test_examples_repeat_the_classes_only_on_request() -> None:
+    """Two classes; images 0, 2, 3, 5 and 6 are correct, and image 4 is the worse mistake."""
+    targets = np.array([0, 0, 1, 0, 1, 1, 0])
+    of_class_0 = np.array([0.9, 0.4, 0.2, 0.8, 0.99, 0.3, 0.7])
+    probs = np.stack([of_class_0, 1 - of_class_0], axis=1)
+    assert pick_examples(probs, targets, 4) == [0, 2, 4]
+    assert pick_examples(probs, targets, 4, repeat_classes=True) == [0, 2, 3, 5, 4]
+    assert pick_examples(probs, targets, 9, repeat_classes=True) == [0, 2, 3, 5, 6, 4]
 
 
 @pytest.mark.usefixtures("figures_of_one_pixel")

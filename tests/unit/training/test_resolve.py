@@ -81,6 +81,17 @@ def test_an_unknown_name_suggests_similar_recipes_and_data_sets() -> None:
     assert "cifar10" in error.value.fix
 
 
+def test_a_mistyped_folder_is_not_taken_for_the_recipe_of_that_name() -> None:
+    with pytest.raises(UsageError) as error:
+        resolve.resolve_recipe("flowrs")
+    assert "folder?" not in error.value.fix
+    assert "`convlens recipes` lists them" in error.value.fix
+    Path("flowers").mkdir()
+    with pytest.raises(UsageError) as error:
+        resolve.resolve_recipe("flowrs")
+    assert error.value.fix == "did you mean flowers?"
+
+
 def test_a_missing_path_is_a_data_error() -> None:
     from convlens.data.sources import find_source
 
