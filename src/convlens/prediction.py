@@ -110,6 +110,7 @@ class Prediction:
     unlike_score: float | None = cast(None, _Computed())
 
     def __getstate__(self) -> dict[str, Any]:
+        """Return the values of all fields; the functions that compute them can't be pickled."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
@@ -815,10 +816,9 @@ class ImageReader:
                 InputEntry(str(number), pixels, facts=self._facts_of(image))
                 for number, (image, pixels) in enumerate(images, task.first)
             ]
-        return list(map(self.read_entry, task))
+        return list(map(self._read_entry, task))
 
-    def read_entry(self, image: InputImage) -> InputEntry:
-        """Read an image that may be unreadable."""
+    def _read_entry(self, image: InputImage) -> InputEntry:
         found: list[DeepFacts] = []
         try:
             pixels = self.read(image, found.append)
