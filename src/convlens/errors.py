@@ -53,10 +53,7 @@ class DataError(ConvlensError):
 
 
 class ModelFileError(ConvlensError):
-    """A model file or run directory that cannot be used (exit code 4).
-
-    It is damaged, or it needs user code that was not trusted (`--trust-code`).
-    """
+    """A damaged or unreadable model file or run, or user code that is not trusted (exit code 4)."""
 
     exit_code = 4
 

@@ -256,7 +256,7 @@ def predict(
             quiet=quiet,
         )
     )
-    reader.warn()
+    reader.warn(stacklevel=3)  # through `accepts_trust`
     return predictions
 
 
@@ -357,7 +357,7 @@ class Predictor:
                 settings=self._settings,
             )
         )
-        reader.warn()
+        reader.warn(stacklevel=2)
         return predictions
 
     def _predict_file(self, inputs: object, k: int, promises: Promises) -> Prediction | None:
@@ -492,7 +492,7 @@ class ImageTransform:
         if isinstance(source, InputBatch):
             source = InputImage("0", source.images[0])
         pixels = reader.read(source, reader.record)
-        reader.warn()
+        reader.warn(stacklevel=2)
         batch = torch.from_numpy(np.array(pixels))[None]  # writable: torch warns of other arrays
         tensor: Tensor = self.preprocessing.normalize(batch, Plan("cpu", "fp32", "contiguous"))[0]
         return tensor
@@ -855,10 +855,14 @@ class ImageReader:
             notes.append(not_finite_note(count, self._total, self._share / count, first=first))
         return notes
 
-    def warn(self) -> None:
-        """Issue the notes as Python warnings."""
+    def warn(self, stacklevel: int) -> None:
+        """Issue the notes as Python warnings.
+
+        Args:
+            stacklevel: number of functions from the caller of this one to the user's code.
+        """
         for note in self.notes("range=(low, high) gives the values that become black and white"):
-            warnings.warn(note.removeprefix("warning: "), stacklevel=3)
+            warnings.warn(note.removeprefix("warning: "), stacklevel=stacklevel + 1)
 
 
 def _read_inputs(inputs: Inputs, reader: ImageReader) -> Iterator[list[InputEntry]]:

@@ -46,7 +46,14 @@ def test_every_file_column_and_key_of_a_run_is_described() -> None:
     described = names(reference.RUN_FILES)
     found = {f"{path.name}/" if path.is_dir() else path.name for path in run.iterdir()}
     assert found <= described
-    optional = {"model.onnx", "model.pt2", "predict_onnx.py", "trainer.json", "images.csv.gz"}
+    optional = {
+        "model.onnx",
+        "model.pt2",
+        "predict_onnx.py",
+        "trainer.json",
+        "images.csv.gz",
+        "code/",
+    }
     assert described - found <= optional
     with (run / "metrics.csv").open(newline="") as file:
         assert set(next(csv.reader(file))) == names(reference.METRICS)

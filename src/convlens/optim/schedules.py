@@ -11,6 +11,7 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from itertools import compress
 from typing import Any
 
 import torch
@@ -210,9 +211,15 @@ class WeightAverage(ABC):
             average.copy_(stored)
 
 
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    yield from (parameter.data for parameter in model.parameters())
+def _members(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
     yield from model.buffers()
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from (
+        member.data if isinstance(member, nn.Parameter) else member for member in _members(model)
+    )
 
 
 class EMA(WeightAverage):
@@ -230,10 +237,11 @@ class EMA(WeightAverage):
     def __init__(self, model: nn.Module, decay: float, trained: nn.Module | None = None) -> None:
         super().__init__(model)
         self.decay = decay
-        changing = {tensor.data_ptr() for tensor in _tensors(trained or model)}
-        pairs = list(zip(self._average, self._live, strict=True))
-        self._changing = [live for _, live in pairs if live.data_ptr() in changing]
-        self._updated = [average for average, live in pairs if live.data_ptr() in changing]
+        changing = {id(member) for member in _members(trained or model)}
+        members = [member for member in _members(model) if member.is_floating_point()]
+        is_updated = [id(member) in changing for member in members]
+        self._changing = list(compress(self._live, is_updated))
+        self._updated = list(compress(self._average, is_updated))
 
     @torch.no_grad()
     def update(self) -> None:
