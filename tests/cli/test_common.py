@@ -21,7 +21,7 @@ def test_help_lists_the_commands_in_panels_in_this_order() -> None:
             listed.append(match[1])
     assert " ".join(listed).startswith(
         "Everyday train predict evaluate report Understand explore look compare diagnose "
-        "Data audit labels augment shard Hand over export serve Other recipes weights info"
+        "Data audit labels augment shard Hand over export serve Other check recipes weights info"
     )
 
 
