@@ -168,11 +168,17 @@ def source_hashes(names: Collection[tuple[Kind, str]]) -> dict[str, str]:
     """Return the SHA-256 of the source of each name that means user code; nothing is imported.
 
     Raises:
-        UsageError: a file or module does not exist.
+        UsageError: a file or module does not exist, or a name means two of them.
     """
-    return {
-        name: locate_source(kind, name).sha256 for kind, name in names if is_user_code(kind, name)
-    }
+    hashes: dict[str, str] = {}
+    for kind, name in names:
+        if is_user_code(kind, name):
+            sha256 = locate_source(kind, name).sha256
+            if hashes.setdefault(name, sha256) != sha256:
+                raise UsageError(
+                    f"{name!r} is an entry point of two kinds", fix="name the parts by import paths"
+                )
+    return hashes
 
 
 def locate_source(kind: Kind, name: str) -> Source:

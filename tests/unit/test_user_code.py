@@ -162,6 +162,7 @@ def test_entry_points_are_names_of_parts(package: Path, monkeypatch: pytest.Monk
     def entry_points(*, group: str, name: str) -> list[EntryPoint]:
         known = [
             EntryPoint("nets", "own_package.nets:Net", "convlens.models"),
+            EntryPoint("nets", "own_package.helper:VALUE", "convlens.datasets"),
             EntryPoint("twice", "a:b", "convlens.models"),
             EntryPoint("twice", "c:d", "convlens.models"),
         ]
@@ -176,6 +177,8 @@ def test_entry_points_are_names_of_parts(package: Path, monkeypatch: pytest.Monk
         load_object("models", "nets")
     with trust(["nets"]):
         assert load_object("models", "nets") == ("nets", 7)
+    with pytest.raises(UsageError, match="an entry point of two kinds"):
+        user_code.source_hashes([("models", "nets"), ("datasets", "nets")])
     with pytest.raises(UsageError, match="several packages") as caught:
         user_code.is_user_code("models", "twice")
     assert "a:b or c:d" in caught.value.fix

@@ -35,7 +35,7 @@ def command_line(arguments: Sequence[str]) -> str:
 
 def _start(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "convlens", *arguments, *_trust_option()],
+        [sys.executable, "-m", "convlens", *arguments, *trust_option()],
         stdin=subprocess.DEVNULL,
         text=True,
         errors="replace",
@@ -43,7 +43,7 @@ def _start(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def _trust_option() -> list[str]:
+def trust_option() -> list[str]:
     """Return the option with which a command may import the user code that this page may."""
     return ["--trust-code"] if user_code.trusted() is True else []
 

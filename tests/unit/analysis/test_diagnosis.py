@@ -277,6 +277,12 @@ def test_the_loss_of_guessing_is_that_of_the_focal_loss() -> None:
     assert evidence.loss_of_guessing == pytest.approx(float(expected))
 
 
+def test_the_loss_of_guessing_of_a_users_loss_is_unknown() -> None:
+    recipe = load_recipe(PLAIN, ["optim.loss=./own.py:loss"])
+    with pytest.raises(InsufficientEvidence, match="its loss is user code"):
+        _ = RunEvidence(recipe=recipe, classes=10).loss_of_guessing
+
+
 def test_validation_images_of_another_brightness_are_found() -> None:
     colors = {name: tuple(max(c - 90, 0) for c in color) for name, color in COLORS.items()}
     pictures(Path("photos/train"), dict.fromkeys(COLORS, 40))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convlens import optim
+from convlens import optim, user_code
 from convlens.engine.loop import TrainLoop
 from convlens.engine.losses import (
     AsymmetricLoss,
@@ -32,6 +33,7 @@ from convlens.engine.losses import (
 from convlens.errors import UsageError
 from convlens.models.cnn import CNN
 from convlens.recipe import OptimConfig
+from convlens.user_code import UntrustedCode
 from helpers.support import PLAN, same
 
 WEIGHTS = (0.5, 3.0, 1.25)
@@ -325,3 +327,50 @@ def test_unsuitable_options_are_refused(values: dict[str, Any], message: str) ->
 )
 def test_the_loss_of_guessing_by_hand(values: dict[str, Any], expected: float) -> None:
     assert loss_of_guessing(OptimConfig(**values), 4) == pytest.approx(expected)
+
+
+# Losses of users
+
+OWN = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Loss(nn.Module):
+    def __init__(self, num_classes, class_counts, label_smoothing, *, power=1.0):
+        super().__init__()
+        counts = torch.tensor(class_counts)
+        self.register_buffer("weights", (counts.mean() / counts) ** power)
+        self.given = num_classes, class_counts, label_smoothing
+
+    def forward(self, logits, targets):
+        return (F.cross_entropy(logits, targets, reduction="none") * self.weights[targets]).mean()
+
+
+def loss(logits, targets, *, scale=1.0):
+    return scale * F.cross_entropy(logits, targets)
+"""
+
+
+def test_a_loss_of_a_user_gets_the_keywords_that_it_names() -> None:
+    Path("own.py").write_text(OWN)
+    with user_code.trust(True):
+        values = {"loss": "./own.py:Loss", "loss_options": {"power": 0.5}, "label_smoothing": 0.1}
+        loss = build(counts=(9.0, 1.0), **values)
+        assert loss.given == (2, [9.0, 1.0], 0.1)
+        logits = torch.tensor([[0.0, math.log(3)], [math.log(4), 0.0]])
+        # The weights are (5/9)^0.5 and 5^0.5; the labels 1 and 0.
+        expected = (5**0.5 * math.log(4 / 3) + (5 / 9) ** 0.5 * math.log(5 / 4)) / 2
+        assert float(loss(logits, torch.tensor([1, 0]))) == pytest.approx(expected, rel=1e-6)
+        function = build(loss="./own.py:loss", loss_options={"scale": 3.0})
+        assert float(function(logits, torch.tensor([1, 1]))) == pytest.approx(
+            3 * (math.log(4 / 3) + math.log(5)) / 2, rel=1e-6
+        )
+        with pytest.raises(UsageError, match=r"has no option 'scael' \(did you mean scale"):
+            build(loss="./own.py:loss", loss_options={"scael": 3.0})
+        of_torch = build(loss="torch.nn:CrossEntropyLoss", label_smoothing=0.2)
+        assert isinstance(of_torch, nn.CrossEntropyLoss)
+        assert of_torch.label_smoothing == 0.2
+    with pytest.raises(UntrustedCode):
+        build(loss="./own.py:loss")

@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+from convlens import user_code
 from convlens.errors import ResourceError
-from convlens.explore.commands import TrainingProgress, command_line, run_command
+from convlens.explore.commands import (
+    TrainingProgress,
+    command_line,
+    run_command,
+    trust_option,
+)
 from convlens.explore.jobs import started_jobs
 
 
@@ -36,3 +42,10 @@ def test_command_is_written_as_one_types_it() -> None:
     assert (
         command_line(["train", "a b.yaml", "--name", "x"]) == "convlens train 'a b.yaml' --name x"
     )
+
+
+def test_commands_may_import_the_user_code_that_the_page_may() -> None:
+    for is_trusted, option in ((False, []), (True, ["--trust-code"])):
+        with user_code.trust(is_trusted), started_jobs() as jobs:
+            job = jobs.commands.submit(lambda job: trust_option())
+            assert job.future.result(10) == option

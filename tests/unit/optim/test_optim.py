@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from convlens import optim
+from convlens import optim, user_code
 from convlens.errors import UsageError
-from convlens.optim import OPTIMIZERS, SCHEDULES
-from convlens.recipe import OptimConfig
+from convlens.optim import OPTIMIZERS, SCHEDULES, build_optimizer, check_optimizer
+from convlens.recipe import GroupConfig, OptimConfig
+from convlens.user_code import UntrustedCode
 
 
 def network() -> nn.Module:
@@ -103,3 +106,26 @@ def test_an_unknown_optimizer_or_schedule_names_near_misses() -> None:
 def test_the_registries_contain_the_documented_names() -> None:
     assert set(OPTIMIZERS) == {"adam", "adamw", "muon", "sgd"}
     assert set(SCHEDULES) == {"constant", "cosine", "linear", "one-cycle", "step"}
+
+
+def test_an_optimizer_of_a_user_gets_the_groups_and_the_keywords_that_it_names() -> None:
+    text = "import torch\n\nclass Own(torch.optim.SGD):\n"
+    text += "    def __init__(self, params, lr, momentum, dampening=0.0):\n"
+    text += "        super().__init__(params, lr, momentum, dampening)\n"
+    Path("own.py").write_text(text)
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    group = GroupConfig(params="norms", lr=0.5, weight_decay=0.0)
+    values = {"name": "./own.py:Own", "lr": 0.1, "momentum": 0.8, "weight_decay": 0.01}
+    config = OptimConfig(**values, options={"dampening": 0.25}, groups=[group])
+    with pytest.raises(UntrustedCode):
+        build_optimizer(model, config)
+    with user_code.trust(True):
+        check_optimizer(model, config)
+        optimizer = build_optimizer(model, config)
+        wrong = config.model_copy(update={"options": {"damping": 1}})
+        with pytest.raises(UsageError, match=r"has no option 'damping' \(did you mean dampening"):
+            build_optimizer(model, wrong)
+    found = [(g["lr"], g["initial_lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    assert found == [(0.1, 0.1, 0.01), (0.5, 0.5, 0.0)]
+    assert optimizer.defaults["momentum"] == 0.8
+    assert optimizer.defaults["dampening"] == 0.25
