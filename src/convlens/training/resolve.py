@@ -383,6 +383,8 @@ def validate_recipe(recipe: Recipe) -> None:
     Raises:
         UsageError: lists everything that is wrong.
     """
+    # Names of modules and parameters may be those of another network than the assumed one.
+    is_open = (recipe.model.name, recipe.model.weights) == ("auto", "auto")
     recipe = transfer.choose_start(recipe, None, transfer.backbones_for(recipe)).recipe
     size = recipe.data.image_size if recipe.data.image_size != "auto" else 224
     channels = recipe.data.channels if recipe.data.channels != "auto" else 3
@@ -395,8 +397,9 @@ def validate_recipe(recipe: Recipe) -> None:
         network = models.try_out(
             config.name, channels, size, config.options, recipe.train.batch_size
         )
-        stages.freeze(network, config.trainable)
-        model = network
+        if not is_open:
+            stages.freeze(network, config.trainable)
+            model = network
 
     def check_optimizer() -> None:
         if model is not None:

@@ -184,3 +184,13 @@ def test_an_exponent_without_the_focal_loss_is_refused() -> None:
     resolve.validate_recipe(recipe.load_recipe("digits", focal))
     with pytest.raises(UsageError, match=r"optim\.focal_gamma=1\.5 has no effect"):
         resolve.validate_recipe(recipe.load_recipe("digits", focal[1:]))
+
+
+def test_names_of_modules_are_not_checked_before_the_network_is_known() -> None:
+    """The images choose between the network of the weights on this machine and a CNN."""
+    resolve.validate_recipe(recipe.load_recipe("folder", ["model.trainable=blocks.2+"]))
+    groups = "optim.groups=[{params: 'blocks.*', lr: 0.1}]"
+    resolve.validate_recipe(recipe.load_recipe("folder", [groups]))
+    for override in ("model.trainable=blocks.2+", groups):
+        with pytest.raises(UsageError, match=r"blocks"):
+            resolve.validate_recipe(recipe.load_recipe("folder", ["model.name=cnn", override]))
