@@ -230,10 +230,12 @@ class EMA(WeightAverage):
     def __init__(self, model: nn.Module, decay: float, trained: nn.Module | None = None) -> None:
         super().__init__(model)
         self.decay = decay
-        changing = {tensor.data_ptr() for tensor in _tensors(trained or model)}
-        pairs = list(zip(self._average, self._live, strict=True))
-        self._changing = [live for _, live in pairs if live.data_ptr() in changing]
-        self._updated = [average for average, live in pairs if live.data_ptr() in changing]
+        trained = model if trained is None else trained
+        changing = {id(tensor) for tensor in (*trained.parameters(), *trained.buffers())}
+        own = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+        numbers = [number for number, tensor in enumerate(own) if id(tensor) in changing]
+        self._changing = [self._live[number] for number in numbers]
+        self._updated = [self._average[number] for number in numbers]
 
     @torch.no_grad()
     def update(self) -> None:
