@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from convlens import models
+from convlens import models, optim
 from convlens.data.loader import to_unit
 from convlens.data.transforms.random import SampleInfo
 from convlens.device import Plan, derive_seed
@@ -207,3 +207,18 @@ def test_features_too_large_for_memory_are_computed_in_each_epoch(
     assert job.inputs.cached_bytes == 0
     with pytest.raises(ResourceError, match=r"train\.views=9 needs"):
         begin(load_recipe("resnet18", many_views), "views")
+
+
+def test_the_average_of_a_trainable_head_leaves_out_the_backbone() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    head = feature_cache.trainable_head(model, ["0"])
+    averager = optim.EMA(model, 0.5, trained=head)
+    before = [tensor.clone() for tensor in averager.state()["average"]]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    averager.update()
+    changed = [
+        not torch.equal(*pair) for pair in zip(before, averager.state()["average"], strict=True)
+    ]
+    assert changed == [False, False, True, True]
