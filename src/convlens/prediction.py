@@ -51,7 +51,7 @@ from convlens.onnx_model import load_model_or_onnx
 from convlens.run import LoadedModel, Preprocessing, RunLike, as_run_dir
 from convlens.uncertainty.calibration import ModelCalibration, OutlierDetector
 from convlens.uncertainty.promises import Promises, ShareLike
-from convlens.user_code import accepts_trust
+from convlens.user_code import trust
 from convlens.utils import notebook
 from convlens.utils.console import print_status, progress_bar, quiet_mode
 from convlens.utils.process import submit_task, wait_for_result
@@ -172,7 +172,6 @@ class PredictionColumns:
         return entry
 
 
-@accepts_trust
 def predict(
     run: RunLike,
     inputs: ImageLike | Iterable[ImageLike],
@@ -242,7 +241,9 @@ def predict(
     """
     check_count("top_k", top_k)
     sources = collect_inputs(inputs, channels=channels)
-    loaded = load_model_or_onnx(as_run_dir(run).model_path)
+    # (Not by `accepts_trust`: the warnings below are about the line that calls this function.)
+    with trust(trust_code or getattr(run, "trust_code", False)):
+        loaded = load_model_or_onnx(as_run_dir(run).model_path)
     reader = ImageReader(loaded.preprocessing.conversion, value_range=range, max_pixels=max_pixels)
     predictions = list(
         iter_predictions(
