@@ -257,7 +257,7 @@ def predict(
             quiet=quiet,
         )
     )
-    reader.warn(stacklevel=3)  # through `accepts_trust`
+    reader.warn()
     return predictions
 
 
@@ -358,7 +358,7 @@ class Predictor:
                 settings=self._settings,
             )
         )
-        reader.warn(stacklevel=2)
+        reader.warn()
         return predictions
 
     def _predict_file(self, inputs: object, k: int, promises: Promises) -> Prediction | None:
@@ -493,7 +493,7 @@ class ImageTransform:
         if isinstance(source, InputBatch):
             source = InputImage("0", source.images[0])
         pixels = reader.read(source, reader.record)
-        reader.warn(stacklevel=2)
+        reader.warn()
         batch = torch.from_numpy(np.array(pixels))[None]  # writable: torch warns of other arrays
         tensor: Tensor = self.preprocessing.normalize(batch, Plan("cpu", "fp32", "contiguous"))[0]
         return tensor
@@ -856,14 +856,10 @@ class ImageReader:
             notes.append(not_finite_note(count, self._total, self._share / count, first=first))
         return notes
 
-    def warn(self, stacklevel: int) -> None:
-        """Issue the notes as Python warnings.
-
-        Args:
-            stacklevel: number of functions from the caller of this one to the user's code.
-        """
+    def warn(self) -> None:
+        """Issue the notes as Python warnings about the line that calls the caller of this."""
         for note in self.notes("range=(low, high) gives the values that become black and white"):
-            warnings.warn(note.removeprefix("warning: "), stacklevel=stacklevel + 1)
+            warnings.warn(note.removeprefix("warning: "), stacklevel=3)
 
 
 def _read_inputs(inputs: Inputs, reader: ImageReader) -> Iterator[list[InputEntry]]:
