@@ -16,6 +16,7 @@ from tables.photographs import photographs
 from tables.speed import (
     allocator,
     depthwise,
+    explore,
     inference,
     overhead,
     processes,
@@ -52,6 +53,7 @@ SECTIONS = {
     "allocator": allocator,
     "depthwise": depthwise,
     "inference": inference,
+    "explore": explore,
     "serve": serve,
     "processes": processes,
     "startup": startup,

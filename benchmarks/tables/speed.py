@@ -227,6 +227,64 @@ def processes(r: dict[str, Any]) -> str:
     return "\n".join([*lines, "", where(r), ""])
 
 
+def explore(r: dict[str, Any]) -> str:
+    """Table of `benchmarks/explore.py`."""
+    watch = r["watch"]
+    rows = [
+        ("the page is shown after the command, s", r["page_s"], None),
+        (
+            "first prediction (torch is imported, the model loaded), s",
+            r["first_prediction_s"],
+            None,
+        ),
+        *(
+            (f"from a drop to {what}, ms", r[key]["p50_ms"], r[key]["p95_ms"])
+            for what, key in (
+                ("the prediction", "drop_to_prediction"),
+                ("the heat map", "drop_to_heat_map"),
+                ("all activations", "drop_to_activations"),
+            )
+        ),
+        ("updates of the brush on the digits network, per s", r["brush_updates_per_s"], None),
+        (
+            f"a frame while {r['scrolled_images']:,} images are scrolled through, ms",
+            r["frame"]["p50_ms"],
+            r["frame"]["p95_ms"],
+        ),
+        (
+            "from a jump among them to all thumbnails in view, ms",
+            r["jump_to_images"]["p50_ms"],
+            r["jump_to_images"]["p95_ms"],
+        ),
+        *(
+            (f"{what} behind a training, ms", watch[key]["p50_ms"], watch[key]["p95_ms"])
+            for what, key in (("the table of runs", "row_behind"), ("curves", "curves_behind"))
+        ),
+    ]
+    cells = [f"| {what} | {p50} | {'–' if p95 is None else p95} |" for what, p50, p95 in rows]
+    ratios = watch["training_time_ratios"]
+    return "\n".join(
+        [
+            "## The live page",
+            "",
+            "`convlens explore` from the side of a headless Chromium on the same cores: a "
+            f"ResNet-18 at 224 px and {r['images']} photographs of 640 x 480 pixels.",
+            "",
+            "| what | median | p95 |",
+            "|---|---|---|",
+            *cells,
+            "",
+            "A training that the page and its browser watch takes "
+            f"**{watch['training_time_ratio']:.2f}** times as long as without them (median of "
+            f"{len(ratios)} pairs in turns, {min(ratios):.2f}-{max(ratios):.2f}). The longest "
+            f"frame took {r['frame']['longest_ms']} ms.",
+            "",
+            where(r),
+            "",
+        ]
+    )
+
+
 def serve(r: dict[str, Any]) -> str:
     ratios = [pair["ratio"] for pair in r["pairs"]]
     alone = statistics.median(pair["one_process"] for pair in r["pairs"])
