@@ -158,10 +158,10 @@ def make_runs(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def explored(run: str) -> Iterator[tuple[str, float]]:
-    """Run the command; yield the URL and the time at which it was started."""
+def explored(*runs: str) -> Iterator[tuple[str, float]]:
+    """Run the command, for all runs by default; yield the URL and the time of its start."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "convlens", "explore", run, "--no-open"]
+    command = [sys.executable, "-m", "convlens", "explore", *runs, "--no-open"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -248,7 +248,7 @@ def watch_times(window: Browser, pairs: int) -> dict[str, Any]:
                 window.open("about:blank")
                 _, seconds[watched] = train_watched(name)
                 continue
-            with explored("digits") as (url, _):
+            with explored() as (url, _):
                 window.open(url)
                 window.open(url.partition("?")[0] + "watch")
                 window.until("return document.getElementById('runs').rows.length")
