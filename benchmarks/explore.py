@@ -215,8 +215,8 @@ def browse_times(window: Browser) -> tuple[list[float], list[float]]:
         )
         window.until("return document.getElementById('gallery-note').textContent.startsWith('10,')")
         frames = window.wait(SCROLL)
-        places = np.random.default_rng(0).random(JUMPS + 1)
-        return frames, [window.wait(JUMP, place) for place in places][1:]
+        shares = np.random.default_rng(0).random(JUMPS + 1)
+        return frames, [window.wait(JUMP, share) for share in shares][1:]
 
 
 def train_watched(name: str) -> tuple[dict[int, float], float]:
