@@ -145,16 +145,18 @@ def encode_png(figure: Figure, kind: str = "png", dpi: int = DPI) -> bytes:
     """Return a figure as the bytes of a PNG, SVG or PDF; the same figure gives the same bytes."""
     if kind not in FORMATS:
         raise UsageError(f"unknown figure format {kind!r}", fix=f"use one of {', '.join(FORMATS)}")
-    content, missing = _draw(figure, kind, dpi)
-    if not missing:
+    content, reported = _draw(figure, kind, dpi)
+    if not reported:
         return content
-    found = _fonts_with(missing)
+    families = _font_families()
+    found = _fonts_with(_letters_without_font(figure, families) or reported)
     if found:
-        families = [*_font_families(), *found]
+        families = (*families, *found)
         for text in figure.findobj(Text):
-            text.set_fontfamily(families)
-        content, missing = _draw(figure, kind, dpi)
-    if missing:
+            text.set_fontfamily(list(families))
+        content, reported = _draw(figure, kind, dpi)
+    if reported:
+        missing = _letters_without_font(figure, families) or reported
         letters = "".join(map(chr, sorted(missing)))
         if is_first_time("letters without a font"):
             print_status(
@@ -164,8 +166,20 @@ def encode_png(figure: Figure, kind: str = "png", dpi: int = DPI) -> bytes:
     return content
 
 
+def _letters_without_font(figure: Figure, families: Sequence[str]) -> frozenset[int]:
+    """Return the code points in the texts of a figure that none of the font families has.
+
+    matplotlib's warning names the first letter of a cluster only, e.g. the space that is drawn
+    together with a combining mark.
+    """
+    letters = {ord(c) for text in figure.findobj(Text) for c in text.get_text() if not c.isspace()}
+    for family in families:
+        letters -= font_manager.get_font(font_manager.findfont(family)).get_charmap().keys()
+    return frozenset(letters)
+
+
 def _draw(figure: Figure, kind: str, dpi: int) -> tuple[bytes, frozenset[int]]:
-    """Return a figure as a file, and the code points of the letters that none of its fonts has."""
+    """Return a figure as a file, and the code points that matplotlib reports as without a glyph."""
     buffer = io.BytesIO()
     # matplotlib creates ticks only while it draws, so the style has to be active here as well.
     with (

@@ -110,6 +110,14 @@ def test_a_font_with_the_missing_letters_is_chosen(
     assert "no installed font" not in capsys.readouterr().err
 
 
+def test_letters_without_a_font_are_those_of_the_texts() -> None:
+    """matplotlib only reports the space before this combining mark."""
+    figure = Figure()
+    figure.text(0.1, 0.5, "class \u0359\nb")
+    assert style._letters_without_font(figure, ["DejaVu Sans"]) == {0x359}
+    assert style._letters_without_font(figure, ["DejaVu Sans", "STIXGeneral"]) == frozenset()
+
+
 def test_one_line_says_that_figures_show_placeholders(capsys: pytest.CaptureFixture[str]) -> None:
     unassigned = "\U0010fffd"  # for private use; no font has it
     with message_scope():
