@@ -100,10 +100,7 @@ class SetBody(RequestBody):
 
 def _sets(request: Request) -> dict[str, OpenedSet]:
     """Return the data sets that are open, by their ids."""
-    state = request.app.state
-    if not hasattr(state, "data_sets"):
-        state.data_sets = {}
-    sets: dict[str, OpenedSet] = state.data_sets
+    sets: dict[str, OpenedSet] = web.part_state(request, "data_sets", dict)
     return sets
 
 

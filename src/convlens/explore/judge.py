@@ -136,11 +136,7 @@ def make_gallery(opened: OpenedRun, contents: ReportContents) -> Gallery:
 
 
 def _galleries(request: Request) -> Galleries:
-    state = request.app.state
-    if not hasattr(state, "galleries"):
-        state.galleries = Galleries()
-    galleries: Galleries = state.galleries
-    return galleries
+    return web.part_state(request, "galleries", Galleries)
 
 
 # -- figures ----------------------------------------------------------------------------------

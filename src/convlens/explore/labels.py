@@ -59,11 +59,7 @@ class LabelWork:
 
 
 def _work_of(request: Request) -> LabelWork:
-    state = request.app.state
-    if not hasattr(state, "label_work"):
-        state.label_work = LabelWork()
-    work: LabelWork = state.label_work
-    return work
+    return web.part_state(request, "label_work", LabelWork)
 
 
 async def _in_thread(request: Request, function: Callable[[], Any]) -> Any:

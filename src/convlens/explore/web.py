@@ -47,11 +47,25 @@ class RequestBody(BaseModel):
 
 
 Body = TypeVar("Body", bound=RequestBody)
+T = TypeVar("T")
 
 
 def workspace_of(request: Request) -> Workspace:
     workspace: Workspace = request.app.state.workspace
     return workspace
+
+
+def part_state(request: Request, name: str, make: Callable[[], T]) -> T:
+    """Return what a part of the page keeps in the application, made at its first request.
+
+    Args:
+        name: of the attribute.
+    """
+    state = request.app.state
+    if not hasattr(state, name):
+        setattr(state, name, make())
+    kept: T = getattr(state, name)
+    return kept
 
 
 async def read_body(request: Request, limit: int) -> bytes:

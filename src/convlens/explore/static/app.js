@@ -41,6 +41,19 @@ export async function finished(job, onProgress = () => {}, signal = undefined) {
   }
 }
 
+// Follow a job in a note: a progress bar, a button that cancels the job, and what it says.
+export function follow(note, job) {
+  const bar = make("progress"), text = make("span", { className: "quiet" });
+  const cancel = make("button", { type: "button", className: "plain", textContent: "Cancel" });
+  bar.setAttribute("aria-label", "Progress");
+  cancel.addEventListener("click", () => request(`/api/jobs/${job}`, undefined, { method: "DELETE" }).catch(showError));
+  note.replaceChildren(bar, cancel, text);
+  return finished(job, (state) => {
+    if (state.total) { bar.max = state.total; bar.value = state.done; } else bar.removeAttribute("value");
+    text.textContent = state.text || state.title;
+  }).finally(() => note.replaceChildren());
+}
+
 // Whether an error only says that something newer has replaced the request.
 export const isReplaced = (error) => error.name === "AbortError" || error.status === 409;
 
@@ -64,7 +77,23 @@ export function make(tag, properties = {}, ...children) {
   return node;
 }
 
+export const count = (n) => n.toLocaleString("en");
+const times = (n) => (n === 1 ? "once" : `${count(n)} times`);
+
+// How often a test split has been used: "has been used once".
+export const usesInWords = (n) => (n ? `has been used ${times(n)}` : "has never been used");
+
 export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)}%`;
+
+// A class and its probability, as an item of a list `bars`; `marks` lie on the bar.
+export function probabilityBar({ label, prob }, ...marks) {
+  const fill = make("span", { className: "fill" });
+  fill.style.width = percent(prob);
+  return make(
+    "li", {}, make("bdi", { className: "name", textContent: label, title: label }),
+    make("span", { className: "bar-track" }, fill, ...marks), make("span", { className: "share", textContent: percent(prob) }),
+  );
+}
 
 // Light and dark: the system preference applies until the button is pressed.
 const root = document.documentElement, theme = document.getElementById("theme");

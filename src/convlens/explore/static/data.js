@@ -1,8 +1,7 @@
 // The part Data: the images of a data set, its copies and unreadable files.
-import { finished, make, request, showError } from "./app.js";
+import { count, follow, make, request, showError, usesInWords } from "./app.js";
 
 const find = (id) => document.getElementById(id);
-const count = (n) => n.toLocaleString("en");
 const many = (n, one, more) => `${count(n)} ${n === 1 ? one : more}`;
 let facts = null, label = "", page = 0, total = 0, token = 0;
 let shown = []; // the images of the page, in order
@@ -16,18 +15,6 @@ async function showSets() {
   const wanted = new URLSearchParams(location.search).get("set");
   if (sets.some(({ id }) => id === wanted)) find("set").value = wanted;
   if (sets.length) await openSet();
-}
-
-function follow(note, job) {
-  const bar = make("progress"), text = make("span", { className: "quiet" });
-  const cancel = make("button", { type: "button", className: "plain", textContent: "Cancel" });
-  bar.setAttribute("aria-label", "Progress");
-  cancel.addEventListener("click", () => request(`/api/jobs/${job}`, undefined, { method: "DELETE" }).catch(showError));
-  note.replaceChildren(bar, cancel, text);
-  return finished(job, (state) => {
-    if (state.total) { bar.max = state.total; bar.value = state.done; }
-    text.textContent = state.text || "reading the images";
-  }).finally(() => note.replaceChildren());
 }
 
 async function openSet() {
@@ -134,7 +121,7 @@ find("split").addEventListener("change", () => {
   }
   const uses = facts.test_uses;
   find("sealed-uses").textContent = facts.can_open_test
-    ? `It has been used ${uses === 1 ? "once" : `${uses} times`}.`
+    ? `It ${usesInWords(uses)}.`
     : "Train on this set first; the test split is then opened in the run.";
   find("open-sealed").disabled = !facts.can_open_test;
   find("sealed").showModal();

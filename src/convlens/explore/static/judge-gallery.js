@@ -1,5 +1,5 @@
 // A gallery of thousands of images: only the rows that are in view exist, and load their thumbnails.
-import { make, percent, request, showError } from "./app.js";
+import { make, percent, probabilityBar, request, showError } from "./app.js";
 
 const CELL = 112; // pixels: smallest width of a cell
 const CAPTION = 44; // height of the text below a thumbnail
@@ -143,22 +143,13 @@ async function open(position) {
     if (opened !== position || gallery !== of) return;
     find("image-title").replaceChildren(make("bdi", { textContent: facts.name }));
     find("image-label").replaceChildren("is ", make("bdi", { textContent: facts.label }), `, image ${number} of its split`);
-    find("image-bars").replaceChildren(...facts.top.map(bar));
+    find("image-bars").replaceChildren(...facts.top.map((each) => probabilityBar(each)));
     const query = new URLSearchParams({ run: facts.run, split: facts.split, number });
     find("image-try").href = `/try?${query}`;
   } catch (error) {
     find("enlarged").close();
     showError(error);
   }
-}
-
-function bar({ label, prob }) {
-  const fill = make("span", { className: "fill" });
-  fill.style.width = `${100 * prob}%`;
-  return make(
-    "li", {}, make("bdi", { className: "name", textContent: label, title: label }),
-    make("span", { className: "bar-track" }, fill), make("span", { className: "share", textContent: percent(prob) }),
-  );
 }
 
 const step = (by) => {

@@ -1,29 +1,14 @@
 // The part Judge: the figures of a run on a split, its images, and the comparison of two runs.
-import { clearError, finished, make, percent, request, showError } from "./app.js";
+import { clearError, count, follow, make, request, showError, usesInWords } from "./app.js";
 import { showImages } from "./judge-gallery.js";
 import { makeSortable, moveByArrowKeys } from "./tables.js";
 
 const find = (id) => document.getElementById(id);
-const count = (n) => n.toLocaleString("en");
-const times = (n) => (n === 1 ? "once" : `${count(n)} times`);
 let judged = null; // the answer about the run and split that are shown
 let shownSplit = "val";
 let newest = 0; // requests for figures that are not the newest are dropped
 
 // -- figures
-
-// Follow a job with a progress bar that can cancel it.
-function follow(note, job) {
-  const bar = make("progress"), text = make("span");
-  const cancel = make("button", { type: "button", className: "plain", textContent: "Cancel" });
-  bar.setAttribute("aria-label", "Progress");
-  cancel.addEventListener("click", () => request(`/api/jobs/${job}`, undefined, { method: "DELETE" }).catch(showError));
-  note.replaceChildren(bar, cancel, text);
-  return finished(job, (state) => {
-    if (state.total) { bar.max = state.total; bar.value = state.done; }
-    text.textContent = state.text || state.title;
-  }).finally(() => note.replaceChildren());
-}
 
 // The sections are rendered by templates of the report, which escape names. A parsed document runs
 // no scripts, and the policy of the page would refuse them.
@@ -128,7 +113,7 @@ async function compare(mine) {
 function showSeal() {
   const test = find("split").querySelector("[value=test]");
   test.textContent = judged.test_is_open ? "test" : "test, sealed";
-  const used = judged.test_uses ? `has been used ${times(judged.test_uses)}` : "has never been used";
+  const used = usesInWords(judged.test_uses);
   const chose = judged.validation_chose_epoch ? ", which chose the epoch, so the numbers are slightly optimistic" : "";
   const text = shownSplit === "test"
     ? `The test split of this run ${used}, this time included. convlens never uses it to choose anything.`
@@ -139,7 +124,7 @@ function showSeal() {
 function askToOpen() {
   const other = find("other").value;
   const used = judged && judged.run === find("run").value ? judged.test_uses : null;
-  find("sealed-uses").textContent = used === null ? "" : used ? `It has been used ${times(used)}.` : "It has never been used.";
+  find("sealed-uses").textContent = used === null ? "" : `It ${usesInWords(used)}.`;
   find("sealed-both").hidden = !other || other === find("run").value;
   find("sealed").showModal();
 }

@@ -1,5 +1,5 @@
 // The part Labels: suspected labels, one image at a time.
-import { RequestError, clearError, finished, make, percent, request, showError } from "./app.js";
+import { RequestError, clearError, follow, make, percent, request, showError } from "./app.js";
 
 const find = (id) => document.getElementById(id);
 const page = sessionStorage.getItem("page") || crypto.getRandomValues(new Uint32Array(3)).join("-");
@@ -15,7 +15,7 @@ async function showLists(chosen) {
   find("list").replaceChildren(...lists.map((name) => make("option", { value: name, textContent: name })));
   find("empty").hidden = lists.length > 0;
   find("review").hidden = !lists.length;
-  if (job) follow(job).catch(showError);
+  if (job) followSearch(job).catch(showError);
   if (!lists.length) return;
   find("list").value = lists.includes(chosen) ? chosen : lists[0];
   await openList();
@@ -223,18 +223,10 @@ find("open-only").addEventListener("change", () => {
 
 // -- finding suspects
 
-async function follow(job) {
-  const bar = make("progress"), text = make("span", { className: "quiet" });
-  const cancel = make("button", { type: "button", className: "plain", textContent: "Cancel" });
-  bar.setAttribute("aria-label", "Progress");
-  cancel.addEventListener("click", () => request(`/api/jobs/${job}`, undefined, { method: "DELETE" }).catch(showError));
-  find("find-note").replaceChildren(bar, cancel, text);
+async function followSearch(job) {
   find("find").disabled = true;
   try {
-    await finished(job, ({ done, total, text: line }) => {
-      if (total) { bar.max = total; bar.value = done; } else bar.removeAttribute("value");
-      text.textContent = line;
-    });
+    await follow(find("find-note"), job);
     find("find-note").textContent = "done";
     await showLists(find("run").value);
   } catch (error) {
@@ -248,7 +240,7 @@ async function follow(job) {
 find("find").addEventListener("click", async () => {
   try {
     const { job } = await request("/api/labels/find", { run: find("run").value, folds: Number(find("folds").value) });
-    await follow(job);
+    await followSearch(job);
   } catch (error) {
     showError(error);
   }

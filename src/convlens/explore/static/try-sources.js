@@ -1,5 +1,5 @@
 // Where images come from: files (dropped, pasted, chosen), the webcam, a drawing, the data.
-import { make, request, showError } from "./app.js";
+import { make, request, showError, usesInWords } from "./app.js";
 import { thumbnail, waitFor } from "./try-view.js";
 
 const find = (id) => document.getElementById(id);
@@ -231,7 +231,7 @@ export function chooser(getRun, getClasses, onImage) {
   // Ask before the test split is opened, which is logged.
   function unseal() {
     const dialog = find("sealed");
-    find("sealed-uses").textContent = sealedUses === 0 ? "It has not been used yet." : `It has been used ${sealedUses} times.`;
+    find("sealed-uses").textContent = `It ${usesInWords(sealedUses)}.`;
     dialog.showModal();
     return new Promise((resolve) => {
       dialog.addEventListener("close", async () => {

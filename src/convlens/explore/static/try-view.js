@@ -1,6 +1,6 @@
 // One model's view of the image: prediction, heat map, brush, nearest images, activations.
 import { decode, paintMap, paintPixels } from "./colors.js";
-import { RequestError, finished, isReplaced, make, percent, request, showError } from "./app.js";
+import { RequestError, finished, isReplaced, make, percent, probabilityBar, request, showError } from "./app.js";
 
 // A name for this page: its newest request of a kind replaces the older ones on the server.
 const page = Math.random().toString(36).slice(2);
@@ -109,18 +109,12 @@ export class View {
     if (unlike) notes.push("Unlike the training images.");
     this.part("notes").replaceChildren(...notes.map((textContent) => make("p", { textContent })));
     this.part("bars").classList.toggle("unsure", unsure);
-    this.part("bars").replaceChildren(...top.map(({ label, prob }) => {
-      const fill = make("span", { className: "fill" });
-      fill.style.width = percent(prob);
-      const bar = make("span", { className: "bar-track" }, fill);
-      const before = this.before?.get(label);
-      if (before !== undefined && Math.abs(before - prob) > 0.005) {
-        const mark = make("span", { className: "before", title: `${percent(before)} with nothing hidden` });
-        mark.style.left = percent(before);
-        bar.append(mark);
-      }
-      const name = make("bdi", { className: "name", textContent: label, title: label });
-      return make("li", {}, name, bar, make("span", { className: "share", textContent: percent(prob) }));
+    this.part("bars").replaceChildren(...top.map((each) => {
+      const before = this.before?.get(each.label);
+      if (before === undefined || Math.abs(before - each.prob) <= 0.005) return probabilityBar(each);
+      const mark = make("span", { className: "before", title: `${percent(before)} with nothing hidden` });
+      mark.style.left = percent(before);
+      return probabilityBar(each, mark);
     }));
     this.#showTruth();
   }
