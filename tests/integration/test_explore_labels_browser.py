@@ -174,10 +174,11 @@ def test_two_tabs_see_the_decisions_of_each_other(labels: Browser, root: Path) -
     assert labels.wait(send)["accepted"]
     labels.press("k")
     labels.until("return document.getElementById('messages').textContent.includes('Another tab')")
-    title_is(labels, "photo 0.png")  # shown when its picture is there
+    assert labels.do(TITLE) == "photo 0.png"
     assert labels.do(DECISION) == "delete the image"
     labels.press("k")
     title_is(labels, "<b>1<b>.png")
+    labels.until(f"return (function () {{{TEXT}}})('#list-facts').includes(' decided, in ')")
     assert [line[1] for line in decisions(root)] == ["delete", "keep"]
 
 

@@ -12,6 +12,7 @@ const view = find("window"), list = find("images");
 let gallery = "", classes = [], images = { numbers: [] };
 let layout = { columns: 1, row: CELL + CAPTION };
 let focused = 0; // position of the image that the Tab key reaches
+let isDisplaced = false; // the focused image is out of view, and the focus is on the gallery instead
 let opened = -1; // position of the image in the dialog
 const cells = new Map(); // the elements that exist, by position
 
@@ -69,7 +70,10 @@ function load() {
 
 // Cancel the request of a thumbnail that is not needed any more. The focus stays in the gallery.
 function discard(cell) {
-  if (cell.contains(document.activeElement)) view.focus({ preventScroll: true });
+  if (cell.contains(document.activeElement)) {
+    view.focus({ preventScroll: true });
+    isDisplaced = true;
+  }
   cell.querySelector("img").removeAttribute("src");
   cell.remove();
 }
@@ -100,9 +104,10 @@ function drawSoon() {
   requestAnimationFrame(() => { waiting = false; draw(); });
 }
 view.addEventListener("scroll", drawSoon, { passive: true });
+view.addEventListener("blur", () => { isDisplaced = false; });
 // After a change of size the focused image may be in a row that is out of view.
 new ResizeObserver(() => requestAnimationFrame(() => {
-  if (view.contains(document.activeElement)) moveTo(focused);
+  if (isDisplaced || list.contains(document.activeElement)) moveTo(focused);
   else draw();
 })).observe(view);
 
