@@ -42,6 +42,14 @@ T = TypeVar("T")
 Kind = Literal["models", "losses", "optimizers", "augmentations", "datasets"]
 KINDS: tuple[Kind, ...] = ("models", "losses", "optimizers", "augmentations", "datasets")
 
+# What a part is called in messages.
+WORDS: Mapping[Kind, str] = {
+    "models": "model",
+    "losses": "loss",
+    "optimizers": "optimizer",
+    "augmentations": "augmentation",
+    "datasets": "data set",
+}
 COPIES_FOLDER = "code"  # of a run directory
 MODULE_PREFIX = "user_code_"
 _FILE = re.compile(r"(?P<module>.+\.py):(?P<attribute>[^\W\d]\w*)")
@@ -397,6 +405,22 @@ def error_location(error: BaseException, path: str) -> str:
     if line is None and isinstance(error, SyntaxError) and error.filename == path:
         line = error.lineno
     return path if line is None else f"{path}, line {line}"
+
+
+def part_error(
+    kind: Kind, name: str, error: Exception, *, reason: str = "", fix: str = ""
+) -> UsageError:
+    """Return the error for an exception that a part raised.
+
+    Args:
+        reason: what is said before the exception.
+    """
+    source = locate_source(kind, name)
+    return UsageError(
+        f"{WORDS[kind]} {name}: {reason}{describe_error(error)}",
+        where=error_location(error, str(source.path)),
+        fix=fix,
+    )
 
 
 def accepted_keywords(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:

@@ -27,7 +27,7 @@ from convlens.device import preserve_rng, preserve_torch_settings
 from convlens.engine.losses import LossInputs, build_loss
 from convlens.errors import ConvlensError, UsageError, lookup
 from convlens.models import user_network
-from convlens.optim import build_optimizer
+from convlens.optim import build_optimizer, unstorable_state
 from convlens.recipe import OptimConfig
 from convlens.run import LoadedModel, Preprocessing
 
@@ -396,7 +396,7 @@ def check_certain_predictions(case: LossCase) -> str:
 
 
 def check_teaching(case: LossCase) -> str:
-    """Descending the loss leads to the labels."""
+    """Gradient descent on the loss gives each row its label."""
     loss, labels = case.build([3.0, 2.0, 1.0]), torch.tensor([0, 0, 0, 1, 1, 2])
     logits = torch.zeros(6, 3, requires_grad=True)
     optimizer = torch.optim.SGD([logits], lr=5.0)
@@ -409,7 +409,8 @@ def check_teaching(case: LossCase) -> str:
         losses.append(value.item())
     if not losses[-1] < losses[0] or not torch.equal(logits.argmax(1), labels):
         raise CheckFailed(
-            "20 steps down the loss do not lead to the labels", "check its sign and its targets"
+            "20 steps of gradient descent do not give each row its label",
+            "check its sign and its targets",
         )
     return f"loss {losses[0]:.2f} to {losses[-1]:.2f} in 20 steps"
 
@@ -485,13 +486,12 @@ def check_state(case: OptimizerCase) -> str:
     model, optimizer, inputs, target = case.problem()
     for _ in range(3):
         _step(model, optimizer, inputs, target)
+    wrong = unstorable_state(optimizer)
+    if wrong:
+        raise CheckFailed(
+            f"state {', '.join(wrong)} is not a tensor", "keep it as torch.tensor(...)"
+        )
     state = copy.deepcopy(optimizer.state_dict())
-    for values in state["state"].values():
-        wrong = [key for key, v in values.items() if v is not None and not torch.is_tensor(v)]
-        if wrong:
-            raise CheckFailed(
-                f"state {', '.join(wrong)} is not a tensor", "keep it as torch.tensor(...)"
-            )
     other, again, _, _ = case.problem()
     other.load_state_dict(copy.deepcopy(model.state_dict()))
     again.load_state_dict(state)

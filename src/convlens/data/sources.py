@@ -430,7 +430,7 @@ def is_available(name: str) -> bool:
 
 
 def is_user_dataset(name: str) -> bool:
-    """Return whether a name, which is no built-in set, means a data set that a user wrote."""
+    """Return whether a name that is not a built-in set means a data set that a user wrote."""
     is_path = _find_path(name) is not None
     return name not in SOURCES and not is_path and user_code.is_user_code("datasets", name)
 

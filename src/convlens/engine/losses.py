@@ -301,14 +301,14 @@ def _build_user_loss(inputs: LossInputs) -> nn.Module:
     own = {key: value for key, value in keywords.items() if key not in standard}
     if not takes_any:
         user_code.check_options(f"loss {name}", own, config.loss_options)
-    given = {key: value for key, value in standard.items() if key in keywords}
+    given = user_code.select_keywords(part, standard)
     try:
         loss = part(**given, **config.loss_options)
     except Exception as error:
-        raise _loss_error(name, error) from error
+        raise user_code.part_error("losses", name, error) from error
     if not isinstance(loss, nn.Module):
         raise UsageError(
-            f"loss {name}: an object of type {type(loss).__name__!r} is no torch.nn.Module",
+            f"loss {name}: an object of type {type(loss).__name__!r} is not a torch.nn.Module",
             fix="name an nn.Module class, or a function of logits and targets",
         )
     return loss
@@ -336,7 +336,11 @@ def check_user_loss(name: str, loss: nn.Module, classes: int, *, soft: bool = Fa
         whole = loss(logits, targets)
         parts = [loss(logits[rows], targets[rows]) for rows in (slice(0, 4), slice(4, 6))]
     except Exception as error:
-        raise _loss_error(name, error, soft=soft) from error
+        reason = "does not accept class probabilities [N, K], which MixUp and CutMix make: "
+        fix = "leave out MixUp and CutMix, or accept float targets [N, K]"
+        raise user_code.part_error(
+            "losses", name, error, reason=reason * soft, fix=fix * soft
+        ) from error
     if not isinstance(whole, Tensor) or whole.shape != ():
         shape = list(whole.shape) if isinstance(whole, Tensor) else type(whole).__name__
         raise UsageError(
@@ -347,16 +351,6 @@ def check_user_loss(name: str, loss: nn.Module, classes: int, *, soft: bool = Fa
         raise UsageError(f"loss {name}: returned {reason}", fix="compute it from the logits")
     added = (4 * parts[0] + 2 * parts[1]) / 6
     return bool(torch.isclose(added, whole, rtol=1e-4, atol=1e-6))
-
-
-def _loss_error(name: str, error: Exception, *, soft: bool = False) -> UsageError:
-    source = user_code.locate_source("losses", name)
-    reason = "does not accept class probabilities [N, K], which MixUp and CutMix make: " * soft
-    return UsageError(
-        f"loss {name}: {reason}{user_code.describe_error(error)}",
-        where=user_code.error_location(error, str(source.path)),
-        fix="leave out MixUp and CutMix, or accept float targets [N, K]" if soft else "",
-    )
 
 
 def loss_options(name: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Sets are those of the runs and those that the command named. The rule for the sealed test split is
 that of `convlens audit`: the number of its images of each class is shown, and that copies of them
 are in other splits, but no test image, name or label. A run's test split can be opened, which is
-logged as a use; that of another set stays sealed, since there is no run that could log it.
+logged as a use; that of another set stays sealed, since no run could log it.
 """
 
 from __future__ import annotations

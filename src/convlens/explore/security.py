@@ -274,7 +274,7 @@ def _malformed(scope: Scope, headers: Headers) -> Response | None:
         # A proxy may believe the other one, and take a part of the body for a request.
         return refuse(400, "a body has either a length or chunks")
     if scope["method"] in SAFE_METHODS and (is_chunked or length != "0"):
-        # Nobody reads it. If it were too slow or too large, the answer would have begun already.
+        # Nobody reads it. If it were too slow or too large, the answer would have started already.
         return refuse(400, f"a {scope['method']} request has no body")
     return None
 

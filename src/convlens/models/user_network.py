@@ -139,11 +139,7 @@ def code_error(name: str, error: Exception) -> Exception:
     """Return the error for an exception that a network raised."""
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return error
-    source = user_code.locate_source("models", name)
-    return UsageError(
-        f"model {name}: {user_code.describe_error(error)}",
-        where=user_code.error_location(error, str(source.path)),
-    )
+    return user_code.part_error("models", name, error)
 
 
 def _find_parts(model: nn.Module, name: str, outputs: int, called: Sequence[str]) -> None:

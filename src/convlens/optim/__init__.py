@@ -48,6 +48,7 @@ __all__ = [
     "is_user_optimizer",
     "set_lr",
     "stage_table",
+    "unstorable_state",
 ]
 
 
@@ -167,10 +168,10 @@ def _build_user_optimizer(
     try:
         optimizer = make(groups, **given)
     except Exception as error:
-        raise _optimizer_error(name, error) from error
+        raise user_code.part_error("optimizers", name, error) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(
-            f"optimizer {name}: an object of type {type(optimizer).__name__!r} is no optimizer",
+            f"optimizer {name}: an object of type {type(optimizer).__name__!r} is not an optimizer",
             fix="name a subclass of torch.optim.Optimizer",
         )
     return optimizer
@@ -192,7 +193,7 @@ def _check_user_optimizer(config: OptimConfig) -> None:
             parameter.grad = torch.full_like(parameter, 0.5)
             optimizer.step()
     except Exception as error:
-        raise _optimizer_error(name, error) from error
+        raise user_code.part_error("optimizers", name, error) from error
     values = parameter.detach()
     if not bool(torch.isfinite(values).all()) or torch.equal(values, torch.ones(3, 2)):
         raise UsageError(
@@ -200,19 +201,21 @@ def _check_user_optimizer(config: OptimConfig) -> None:
             "or make them NaN",
             fix="update each parameter that has a gradient, in place",
         )
-    for state in optimizer.state_dict()["state"].values():
-        for key, value in state.items():
-            if value is not None and not torch.is_tensor(value):
-                raise UsageError(
-                    f"optimizer {name}: its state {key!r} is of the type {type(value).__name__!r}, "
-                    "which a checkpoint cannot hold",
-                    fix="keep tensors only, e.g. torch.tensor(0.0) for a count of steps",
-                )
+    unstorable = unstorable_state(optimizer)
+    if unstorable:
+        key, kind = next(iter(unstorable.items()))
+        raise UsageError(
+            f"optimizer {name}: its state {key!r} is of the type {kind!r}, which a checkpoint "
+            "cannot hold",
+            fix="keep tensors only, e.g. torch.tensor(0.0) for a count of steps",
+        )
 
 
-def _optimizer_error(name: str, error: Exception) -> UsageError:
-    source = user_code.locate_source("optimizers", name)
-    return UsageError(
-        f"optimizer {name}: {user_code.describe_error(error)}",
-        where=user_code.error_location(error, str(source.path)),
-    )
+def unstorable_state(optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """Return the types of an optimizer's values for parameters that a checkpoint cannot hold."""
+    return {
+        key: type(value).__name__
+        for values in optimizer.state_dict()["state"].values()
+        for key, value in values.items()
+        if value is not None and not torch.is_tensor(value)
+    }

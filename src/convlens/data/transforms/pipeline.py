@@ -389,11 +389,7 @@ def _check_user_augmentation(
             info = SampleInfo(torch.arange(4), 1, 0)
             result = entry(images, generator, info, **arguments)
     except Exception as error:
-        source = user_code.locate_source("augmentations", name)
-        raise UsageError(
-            f"augmentation {name}: {user_code.describe_error(error)}",
-            where=user_code.error_location(error, str(source.path)),
-        ) from error
+        raise user_code.part_error("augmentations", name, error) from error
     is_image = isinstance(result, Tensor) and result.dtype == torch.float32
     if not is_image or result.shape[:2] != images.shape[:2] or result.ndim != 4:
         found = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else result
