@@ -150,7 +150,7 @@ def accepts_trust(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         names: bool | frozenset[str] = kwargs.get("trust_code") is True
-        for value in args:
+        for value in (*args, *kwargs.values()):
             for run in value if isinstance(value, list | tuple) else [value]:
                 names = names or getattr(run, "trust_code", False)
         with trust(names):

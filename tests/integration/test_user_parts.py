@@ -108,6 +108,7 @@ def test_functions_of_the_python_api_need_consent(in_folder: Path) -> None:
     run = convlens.Run.load("own", trust_code=True)
     assert run.evaluate("val").n == 270
     assert convlens.evaluate(run, "val").n == 270
+    assert convlens.evaluate(run=run, split="val").n == 270
     assert run.predict(images)[0].label in run.classes
     assert type(run.module).__name__ == "Net"
     with pytest.raises(UntrustedCode):
